@@ -1,0 +1,1 @@
+"""The operator: EventStream and Projection resources → Kafka, PostgreSQL and Deployments."""

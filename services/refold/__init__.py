@@ -1,0 +1,3 @@
+"""Refold's data plane: event store, relay, projections and queries."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,73 @@
+"""The event as it crosses module borders, and its form as a Kafka record (CloudEvents 1.0, binary mode)."""
+
+import datetime as dt
+from collections.abc import Sequence
+from urllib.parse import quote
+
+import msgspec
+
+
+class Event(msgspec.Struct, frozen=True, gc=False):
+    """One immutable event as it stands in a stream.
+
+    `data` and `metadata` are JSON text, never decomposed. `time` is `recorded_at` (UTC, microseconds).
+    """
+
+    partition: int
+    position: int
+    subject: str
+    revision: int
+    id: str
+    type: str
+    time: dt.datetime
+    data: msgspec.Raw
+    metadata: msgspec.Raw | None = None
+
+
+def source(namespace: str, name: str, subject: str) -> str:
+    """Return the CloudEvents `source`: stream and subject, so that `source` + `id` is unique."""
+    return f"/{namespace}/{name}/{quote(subject, safe='')}"
+
+
+def headers(event: Event, *, namespace: str, name: str, incarnation: str) -> list[tuple[str, bytes]]:
+    """Return the Kafka headers of `event` in the CloudEvents binary mode."""
+    time = event.time.astimezone(dt.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    result = [
+        ("ce_specversion", b"1.0"),
+        ("ce_id", event.id.encode()),
+        ("ce_source", source(namespace, name, event.subject).encode()),
+        ("ce_type", event.type.encode()),
+        ("ce_subject", event.subject.encode()),
+        ("ce_time", time.encode()),
+        ("content-type", b"application/json"),
+        ("ce_position", b"%d" % event.position),
+        ("ce_revision", b"%d" % event.revision),
+        ("ce_incarnation", incarnation.encode()),
+    ]
+    if event.metadata is not None:
+        result.append(("ce_metadata", bytes(event.metadata)))
+    return result
+
+
+def from_record(
+    partition: int, value: bytes, record_headers: Sequence[tuple[str, bytes]], *, incarnation: str
+) -> Event | None:
+    """Return the event of a Kafka record, or None where it isn't one of this incarnation that the relay wrote."""
+    found = dict(record_headers)
+    try:
+        if found["ce_incarnation"] != incarnation.encode():
+            return None
+        metadata = found.get("ce_metadata")
+        return Event(
+            partition=partition,
+            position=int(found["ce_position"]),
+            subject=found["ce_subject"].decode(),
+            revision=int(found["ce_revision"]),
+            id=found["ce_id"].decode(),
+            type=found["ce_type"].decode(),
+            time=dt.datetime.fromisoformat(found["ce_time"].decode()),
+            data=msgspec.Raw(value),
+            metadata=None if metadata is None else msgspec.Raw(metadata),
+        )
+    except (KeyError, ValueError):
+        return None

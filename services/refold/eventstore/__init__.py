@@ -1,0 +1,1 @@
+"""The `refold.eventstore` package: append and read events in PostgreSQL."""

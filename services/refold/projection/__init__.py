@@ -1,0 +1,1 @@
+"""Projections: the definition language, compiled folds, read stores, the projector."""

@@ -1,0 +1,1 @@
+"""The relay: event store → Kafka."""
