@@ -1,0 +1,106 @@
+"""A private Kafka broker (KRaft, one node)."""
+
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from hack.servers.process import Process, accepts, cache, free_port
+
+_POM = Path(__file__).parents[2] / "images" / "kafka" / "pom.xml"
+_CLUSTER_ID = "cmVmb2xkLXRlc3QtMDAwMQ"
+_SETTINGS = {
+    "process.roles": "broker,controller",
+    "node.id": "1",
+    "inter.broker.listener.name": "PLAINTEXT",
+    "controller.listener.names": "CONTROLLER",
+    "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+    "auto.create.topics.enable": "false",
+    "num.partitions": "1",
+    "offsets.topic.num.partitions": "8",
+    "offsets.topic.replication.factor": "1",
+    "transaction.state.log.replication.factor": "1",
+    "transaction.state.log.min.isr": "1",
+    "transaction.state.log.num.partitions": "8",
+    "group.initial.rebalance.delay.ms": "0",
+    "share.coordinator.state.topic.replication.factor": "1",
+    "share.coordinator.state.topic.min.isr": "1",
+    "log.retention.check.interval.ms": "1000",
+    # a killed broker may register again once its former session has ended (9 s by default)
+    "broker.session.timeout.ms": "3000",
+    "broker.heartbeat.interval.ms": "500",
+}
+
+
+def jars() -> Path:
+    """Return the folder of Kafka's jars, downloaded from Maven Central once for each content of the pom."""
+    folder = cache() / "kafka" / hashlib.sha256(_POM.read_bytes()).hexdigest()[:12]
+    if not (folder / ".done").exists():
+        if shutil.which("mvn") is None or shutil.which("java") is None:
+            raise RuntimeError("Kafka needs a JDK (17 or later) and Maven: run hack/servers/install.sh")
+        print("downloading Kafka's jars from Maven Central (10 s once)", flush=True)
+        subprocess.run(
+            ["mvn", "-q", "-B", "-f", _POM, "dependency:copy-dependencies", "-DincludeScope=runtime",
+             f"-DoutputDirectory={folder}"], check=True,
+        )  # fmt: skip
+        (folder / ".done").touch()
+    return folder
+
+
+class Kafka:
+    """A broker with a data folder of its own, without authentication."""
+
+    def __init__(self, *, settings: dict[str, str] | None = None) -> None:
+        """Choose folder and ports and format the storage; `settings` go to server.properties over the defaults."""
+        self._folder = Path(tempfile.mkdtemp(prefix="refold-kafka-"))
+        self.port = free_port()
+        controller = self.port + 1
+        while accepts(controller):
+            controller += 1
+        options = {
+            **_SETTINGS,
+            "log.dirs": str(self._folder / "data"),
+            "listeners": f"PLAINTEXT://127.0.0.1:{self.port},CONTROLLER://127.0.0.1:{controller}",
+            "advertised.listeners": f"PLAINTEXT://127.0.0.1:{self.port}",
+            "controller.quorum.voters": f"1@127.0.0.1:{controller}",
+            **(settings or {}),
+        }
+        self._properties = self._folder / "server.properties"
+        self._properties.write_text("".join(f"{name}={value}\n" for name, value in options.items()))
+        self._java = [
+            "java", "-Xmx768m", "-Xms256m", "-XX:+UseG1GC", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
+            "-cp", f"{jars()}/*",
+        ]  # fmt: skip
+        subprocess.run(
+            [*self._java, "kafka.tools.StorageTool", "format", "-t", _CLUSTER_ID, "-c", str(self._properties)],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        self._process = Process([*self._java, "kafka.Kafka", str(self._properties)], self._folder / "log")
+
+    @property
+    def bootstrap(self) -> str:
+        """Return `host:port` for clients."""
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start and wait until the broker accepts connections."""
+        self._process.start(lambda: accepts(self.port))
+
+    def stop(self) -> None:
+        """Stop cleanly."""
+        self._process.stop()
+
+    def kill(self) -> None:
+        """Kill with -9 the broker."""
+        self._process.kill()
+
+    def restart(self) -> None:
+        """Stop cleanly and start again on the same port and data."""
+        self.stop()
+        self.start()
+
+    def remove(self) -> None:
+        """Kill the broker and delete its data."""
+        self.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,0 +1,111 @@
+"""What the servers have in common: a child process that is started, waited for, killed and stopped."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def cache() -> Path:
+    """Return the folder for what is downloaded or built once."""
+    return Path(os.environ.get("REFOLD_CACHE") or Path.home() / ".cache" / "refold")
+
+
+def free_port() -> int:
+    """Return a TCP port on 127.0.0.1 that nothing listens on now, below the range of ephemeral ports."""
+    # An ephemeral port could be taken by an outgoing connection while the server is down for a restart.
+    for port in range(20000 + os.getpid() % 5000, 32000):
+        with contextlib.closing(socket.socket()) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("no free port on 127.0.0.1")
+
+
+class Process:
+    """A server's process; its output goes to `log`."""
+
+    def __init__(self, command: list[str], log: Path, *, user: str | None = None, env: dict[str, str] | None = None):
+        """Remember how to start; `user` only has a meaning for root, who may not run PostgreSQL."""
+        self._command, self.log, self._user = command, log, user
+        self._env = {**os.environ, **(env or {})}
+        self._child: subprocess.Popen[bytes] | None = None
+
+    @property
+    def running(self) -> bool:
+        """Tell whether the process has been started and has not ended."""
+        return self._child is not None and self._child.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """Return the id of the running process."""
+        assert self._child is not None
+        return self._child.pid
+
+    def start(self, ready: Callable[[], bool], *, timeout: float = 60) -> None:
+        """Start the process and wait until `ready` answers true.
+
+        Raises:
+            RuntimeError: it ended or wasn't ready within `timeout` seconds; the message holds the log's end.
+        """
+        with self.log.open("ab") as log:
+            self._child = subprocess.Popen(
+                self._command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, user=self._user, env=self._env,
+                start_new_session=True,
+            )  # fmt: skip
+        deadline = time.monotonic() + timeout
+        while not ready():
+            if not self.running or time.monotonic() > deadline:
+                state = "was not ready in time" if self.running else f"ended with {self._child.returncode}"
+                self.kill()
+                end = "\n".join(self.log.read_text(errors="replace").splitlines()[-20:])
+                raise RuntimeError(f"{self._command[0]} {state}; {self.log} ends:\n{end}")
+            time.sleep(0.05)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the process alone."""
+        os.kill(self.pid, number)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM, *, timeout: float = 30) -> None:
+        """Ask the process to end and wait; after `timeout` seconds kill it."""
+        if not self.running:
+            return
+        self.send(number)
+        assert self._child is not None
+        try:
+            self._child.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        """End the process and its children at once, as a power cut would."""
+        if self._child is None:
+            return
+        # PostgreSQL's backends are in process groups of their own: stop the parent first, so that it makes no more
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._child.pid, signal.SIGSTOP)
+            for pid in [*_children(self._child.pid), self._child.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self._child.wait()
+
+
+def accepts(port: int) -> bool:
+    """Tell whether something accepts connections on 127.0.0.1:`port`."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _children(parent: int) -> list[int]:
+    """Return the ids of the processes that `parent` started (Linux and macOS: ps)."""
+    listing = subprocess.run(["ps", "-axo", "pid=,ppid="], check=True, capture_output=True, text=True).stdout
+    pairs = [line.split() for line in listing.splitlines()]
+    return [int(pid) for pid, ppid in pairs if int(ppid) == parent]

@@ -1,0 +1,38 @@
+"""Real servers for the tests: one PostgreSQL and one Kafka a session, a fresh database a test."""
+
+import itertools
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+
+from hack.servers import Kafka, Postgres
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server; a test that kills it starts it again."""
+    server = Postgres()
+    server.start()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def database(postgres: Postgres) -> str:
+    """The superuser's DSN of a fresh, empty database."""
+    name = f"test_{next(_numbers)}"
+    with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
+        connection.execute(f'create database "{name}"')
+    return postgres.dsn(name)
+
+
+@pytest.fixture(scope="session")
+def kafka() -> Iterator[Kafka]:
+    """A Kafka broker; a test that kills it starts it again."""
+    broker = Kafka()
+    broker.start()
+    yield broker
+    broker.remove()
