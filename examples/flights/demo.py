@@ -47,16 +47,18 @@ def load(stream: Stream, events: Sequence[data.FlightEvent], progress: Progress,
 
 def differences(rows: Sequence[dict[str, str]], flight_status: ReadModel, carrier_delays: ReadModel) -> list[str]:
     """Compare every row of both read models with the file's own fold; return what differs, in words."""
-    result = []
+    result: list[str] = []
     flights = {key: _comparable(row) for key, row in flight_status.rows()}
     carriers = {key: data.CarrierDelays(**row) for key, row in carrier_delays.rows()}
     for what, found, expected in (
         ("flight-status", flights, data.expected_flight_status(rows)),
         ("carrier-delays", carriers, data.expected_carrier_delays(rows)),
     ):
-        for key in sorted(found.keys() | expected.keys()):
-            if found.get(key) != expected.get(key):
-                result.append(f"{what} {key}: {found.get(key)} instead of {expected.get(key)}")
+        result += [
+            f"{what} {key}: {found.get(key)} instead of {expected.get(key)}"
+            for key in sorted(found.keys() | expected.keys())
+            if found.get(key) != expected.get(key)
+        ]
     return result
 
 
@@ -70,12 +72,12 @@ def _comparable(row: dict[str, Any]) -> dict[str, Any]:
 def _show(console: Console, flight_status: ReadModel, carrier_delays: ReadModel) -> None:
     carriers = Table("carrier", "flights", "cancelled", "delayed", "minutes of delay", title="carrier-delays")
     for key, row in carrier_delays.rows():
-        carriers.add_row(key, *(f"{row[name] or 0:,}" for name in ("flights", "cancelled", "delayed", "minutes")))
+        carriers.add_row(key, *(f"{row[name]:,}" for name in ("flights", "cancelled", "delayed", "minutes")))
     flights = Table(
         "flight", "status", "from", "to", "departed", "delay", title="flight-status?where=status:eq:diverted"
     )
     for key, row in list(flight_status.rows(where="status:eq:diverted"))[:8]:
-        flights.add_row(key, row["status"], row["origin"], row["dest"], row["departed"], f"{row['delay'] or '–'}")
+        flights.add_row(key, row["status"], row["origin"], row["dest"], row["departed"])
     console.print(carriers, flights)
 
 
@@ -102,8 +104,9 @@ def main() -> int:
     months = int(os.environ.get("DEMO_MONTHS", "1"))
     began = time.monotonic()
     console.rule("Refold: flights that left New York in 2013")
+    with console.status("removing what a former demo left (its stream says deletionPolicy: Delete)"):
+        kubectl("delete", "-f", str(RESOURCES), "--ignore-not-found", "--timeout=180s")
     kubectl("apply", "-f", str(RESOURCES))
-    kubectl("-n", NAMESPACE, "scale", "projections.refold.dev/carrier-delays", "--replicas=1")
     with console.status("waiting for the EventStream and both Projections to be Ready"):
         wait_ready(NAMESPACE)
     console.print(kubectl("-n", NAMESPACE, "get", "eventstreams.refold.dev,projections.refold.dev"))
