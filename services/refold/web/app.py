@@ -1,0 +1,148 @@
+"""The ASGI application of a service: Starlette's router, and around it what holds for every request.
+
+- Routes match on the raw path (see `paths`).
+- `/healthz` and `/readyz` are open; everything else, `/metrics` and `/openapi.json` too, is authorised first, so that a
+  caller without credentials learns nothing, not even which paths exist. (Prometheus sends a bearer token with
+  `authorization.credentials`.)
+- Every error is a problem (see `problems`); an unexpected one is logged with its traceback and answered with 500 and
+  nothing about it.
+- Requests are counted and timed by route.
+
+It is one class and not a stack of middlewares, since each of these costs a call and a closure for every request.
+"""
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+from prometheus_client import CONTENT_TYPE_LATEST, Histogram, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route, Router
+from starlette.types import Lifespan, Message, Receive, Scope, Send
+
+from refold.web import openapi
+from refold.web.auth import Authorise
+from refold.web.problems import Problem
+
+log = structlog.get_logger(__name__)
+
+_REQUESTS = Histogram(
+    "refold_http_request_seconds",
+    "Time from a request's head to the end of its answer",
+    ["method", "route", "status"],
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+)
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_OPEN = frozenset({"/healthz", "/readyz"})
+
+
+class App:
+    """A service as an ASGI application.
+
+    Args:
+        title: of the OpenAPI description.
+        operations: what is served besides the probes, `/metrics` and `/openapi.json`.
+        authorise: decides on every request but the probes.
+        ready: returns None where the service can do its work now, else what it lacks; asked by `/readyz`.
+        lifespan: entered before the first request is accepted, left after the last was answered; given this App.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        operations: Sequence[openapi.Operation],
+        *,
+        authorise: Authorise,
+        ready: Callable[[], Awaitable[str | None]],
+        lifespan: Lifespan["App"] | None = None,
+    ) -> None:
+        self._authorise = authorise
+        self._ready = ready
+        description = openapi.document(title, operations)
+
+        async def describe(_: Request) -> Response:
+            return Response(description, media_type="application/json")
+
+        routes = [
+            *(Route(operation.path, operation.handler, methods=[operation.method]) for operation in operations),
+            Route("/openapi.json", describe),
+            Route("/metrics", _metrics),
+            Route("/healthz", _healthy),
+            Route("/readyz", self._answer_ready),
+        ]
+        self._router = Router(routes, redirect_slashes=False, lifespan=lifespan)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection scope."""
+        scope["app"] = self
+        if scope["type"] != "http":
+            await self._router(scope, receive, send)
+            return
+        scope["path"] = scope["raw_path"].decode("ascii")
+        begin = time.perf_counter()
+        status = 0
+
+        async def sender(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            if scope["path"] not in _OPEN:
+                await self._authorise(Request(scope))
+            await self._router(scope, receive, sender)
+        except ClientDisconnect:
+            status = status or 499  # nobody is left to be answered; the number is what proxies log for it
+        except Exception as error:
+            if status:
+                log.exception("An answer broke off", method=scope["method"], path=scope["path"])
+                raise  # uvicorn closes the connection, so that the caller sees it
+            await _as_problem(error, scope).response()(scope, receive, sender)
+        finally:
+            route = scope.get("route")
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            labels = (method, route.path if isinstance(route, Route) else "none", str(status))
+            _REQUESTS.labels(*labels).observe(time.perf_counter() - begin)
+
+    async def _answer_ready(self, _: Request) -> Response:
+        lacking = await self._ready()
+        if lacking is not None:
+            raise Problem(503, "not-ready", "Not ready", lacking, retry_after=1)
+        return Response(b"ok\n", media_type="text/plain")
+
+
+async def _healthy(_: Request) -> Response:
+    return Response(b"ok\n", media_type="text/plain")
+
+
+async def _metrics(_: Request) -> Response:
+    return Response(generate_latest(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+
+def _as_problem(error: Exception, scope: Scope) -> Problem:
+    if isinstance(error, Problem):
+        return error
+    asked: dict[str, Any] = {"method": scope["method"], "path": scope["path"]}
+    if isinstance(error, HTTPException):
+        phrase = HTTPStatus(error.status_code).phrase
+        details = {404: "nothing is served at {path}", 405: "{method} isn't served at {path}"}
+        return Problem(
+            error.status_code,
+            phrase.lower().replace(" ", "-"),
+            phrase,
+            details.get(error.status_code, error.detail).format(**asked),
+            headers=error.headers,
+        )
+    log.error("A request failed unexpectedly", **asked, exc_info=error)
+    return Problem(
+        500,
+        "internal-error",
+        "Internal error",
+        "the service failed in a way that it doesn't know, and its log has the details; "
+        "whether the request took effect is unknown",
+    )
