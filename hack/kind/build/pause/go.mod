@@ -1,0 +1,3 @@
+module refold.dev/hack/kind/build/pause
+
+go 1.26.0
