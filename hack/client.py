@@ -124,13 +124,7 @@ class Stream:
         waiting = list(appends)
         deadline = time.monotonic() + self._timeout
         while waiting:
-            content = b"".join(json.dumps(append).encode() + b"\n" for append in waiting)
-            answer = _persistently(
-                lambda content=content: self._http.post(
-                    f"{self._path}/events", content=content, headers={"Content-Type": "application/x-ndjson"}
-                ),
-                timeout=self._timeout,
-            )
+            answer = self._send_lines(waiting)
             answer.raise_for_status()
             lines = [json.loads(line) for line in answer.text.splitlines()]
             again = []
@@ -145,6 +139,13 @@ class Stream:
             if waiting and time.monotonic() > deadline:
                 raise TimeoutError(f"{len(waiting)} appends were not acknowledged within {self._timeout} s")
         return sum(len(append["events"]) for append in appends)
+
+    def _send_lines(self, appends: Sequence[dict[str, Any]]) -> httpx.Response:
+        content = b"".join(json.dumps(append).encode() + b"\n" for append in appends)
+        headers = {"Content-Type": "application/x-ndjson"}
+        return _persistently(
+            lambda: self._http.post(f"{self._path}/events", content=content, headers=headers), timeout=self._timeout
+        )
 
     def events(self, subject: str) -> list[dict[str, Any]]:
         """Return the events of one subject."""

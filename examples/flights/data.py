@@ -78,7 +78,7 @@ def _life(flight: dict[str, str]) -> Iterator[tuple[dt.datetime, str, dict[str, 
     planned = dt.datetime.strptime(flight["time_hour"], "%Y-%m-%dT%H:%M:%S%z") + dt.timedelta(
         minutes=int(flight["minute"])
     )
-    carrier = {"carrier": flight["carrier"]}
+    carrier: dict[str, object] = {"carrier": flight["carrier"]}
     day_before = planned - dt.timedelta(days=1)
     plan = {"origin": flight["origin"], "dest": flight["dest"], "distance": int(flight["distance"])}
     yield day_before, "FlightScheduled", {**carrier, **plan, "departure": _utc(planned)}

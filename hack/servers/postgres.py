@@ -45,10 +45,8 @@ class Postgres:
         data = self._folder / "data"
         if self._user:
             shutil.chown(self._folder, self._user)
-        subprocess.run(
-            [programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale", "C.UTF-8"],
-            check=True, stdout=subprocess.DEVNULL, user=self._user, cwd=self._folder,
-        )  # fmt: skip
+        initdb = f"{programs}/initdb -D {data} -U postgres -A trust -E UTF8 --locale C.UTF-8"
+        subprocess.run(initdb.split(), check=True, stdout=subprocess.DEVNULL, user=self._user, cwd=self._folder)
         options = {**_SETTINGS, "unix_socket_directories": str(self._folder), **(settings or {})}
         with (data / "postgresql.conf").open("a") as conf:
             conf.writelines(f"{name} = '{value}'\n" for name, value in options.items())
@@ -64,7 +62,7 @@ class Postgres:
 
     def start(self) -> None:
         """Start and wait until queries are answered."""
-        ready = [self._programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port)]
+        ready = [str(self._programs / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port)]
         self._process.start(lambda: subprocess.run(ready, check=False).returncode == 0)
 
     def stop(self) -> None:
