@@ -1,0 +1,70 @@
+"""The kind cluster with Refold installed (`make up`), a namespace a test, and the read models on 127.0.0.1."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hack.client import NAMESPACE, ReadModel, Stream, kubectl, wait_ready
+
+_numbers = itertools.count(1)
+#: node ports that the kind cluster maps to 127.0.0.1 (30080 to 30082 are the event store's and the demo's)
+_PORTS = range(30083, 30090)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def installation() -> None:
+    """Fail at once, with the way out, where there is no installation."""
+    try:
+        kubectl("-n", NAMESPACE, "rollout", "status", "deployment", "--timeout=120s")
+    except (RuntimeError, FileNotFoundError) as error:
+        pytest.exit(f"the e2e tests need `make up` first: {error}", returncode=1)
+
+
+class Sandbox:
+    """A namespace for one test: resources go in, read models come out; all of it is deleted at the end."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._ports = iter(_PORTS)
+        kubectl("create", "namespace", name)
+        kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
+
+    def apply(self, *documents: dict[str, Any] | str | Path, ready: bool = True) -> None:
+        """Apply resources (dicts, YAML text or files) and wait until they are Ready."""
+        for document in documents:
+            text = document.read_text() if isinstance(document, Path) else document
+            kubectl("-n", self.name, "apply", "-f", "-", stdin=text if isinstance(text, str) else yaml.safe_dump(text))
+        if ready:
+            wait_ready(self.name)
+
+    def stream(self, name: str = "orders", **options: Any) -> Stream:
+        """Return a client of one EventStream."""
+        return Stream(self.name, name, **options)
+
+    def read_model(self, projection: str) -> ReadModel:
+        """Return a client of one Projection's query service, by a node port of its own."""
+        port = next(self._ports)
+        kubectl("-n", self.name, "apply", "-f", "-", stdin=yaml.safe_dump({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"name": f"{projection}-local"},
+            "spec": {
+                "type": "NodePort", "selector": {"app.kubernetes.io/name": f"{projection}-query"},
+                "ports": [{"port": 80, "targetPort": 8080, "nodePort": port}],
+            },
+        }))  # fmt: skip
+        return ReadModel(f"http://127.0.0.1:{port}")
+
+    def remove(self) -> None:
+        """Delete the namespace and all in it; fails where a finalizer hangs."""
+        kubectl("delete", "namespace", self.name, "--timeout=180s")
+
+
+@pytest.fixture
+def sandbox() -> Iterator[Sandbox]:
+    """A namespace for this test alone."""
+    sandbox = Sandbox(f"e2e-{next(_numbers)}")
+    yield sandbox
+    sandbox.remove()
