@@ -1,0 +1,24 @@
+"""DSNs of the logins that the operator makes: the administrator's way to the database, under another name."""
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+# What belongs to the way and not to who goes it; certificates and passfiles are the administrator's own.
+_KEPT = ("host", "hostaddr", "port", "dbname", "sslmode", "target_session_attrs", "connect_timeout")
+
+
+def check(dsn: str) -> None:
+    """Raise ValueError, without the DSN in it, where `dsn` isn't one or lacks host or database name."""
+    try:
+        parts = conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError:
+        raise ValueError("not a PostgreSQL DSN (postgresql://user:password@host:port/database)") from None
+    for needed in ("host", "dbname"):
+        if not parts.get(needed):
+            raise ValueError(f"the DSN must name {needed}: postgresql://user:password@host:port/database")
+
+
+def login(admin_dsn: str, user: str, password: str) -> str:
+    """Return the DSN of `user` to the same database as `admin_dsn`."""
+    parts = {name: value for name, value in conninfo_to_dict(admin_dsn).items() if name in _KEPT and value is not None}
+    return make_conninfo(**parts, user=user, password=password)

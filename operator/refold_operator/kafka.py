@@ -1,0 +1,159 @@
+"""Kafka topics: look, create, configure, delete.
+
+`confluent_kafka`'s admin client answers with futures of its own thread; here they are awaited.
+"""
+
+import asyncio
+import concurrent.futures
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from confluent_kafka import KafkaError, KafkaException, TopicCollection
+from confluent_kafka.admin import (
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    ConfigSource,
+    NewTopic,
+    ResourceType,
+)
+
+from refold_operator.errors import UnreachableError
+
+_TIMEOUT_SECONDS = 15.0
+# What a broker answers about the request itself; everything else is an outage or a change of leaders that passes.
+_REFUSALS = {
+    KafkaError.INVALID_CONFIG, KafkaError.INVALID_REPLICATION_FACTOR, KafkaError.INVALID_PARTITIONS,
+    KafkaError.POLICY_VIOLATION, KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+    KafkaError.TOPIC_EXCEPTION, KafkaError.INVALID_REQUEST, KafkaError.TOPIC_DELETION_DISABLED,
+    KafkaError.UNSUPPORTED_VERSION,
+}  # fmt: skip
+
+
+class TopicRefusedError(Exception):
+    """A broker refused what was asked of a topic; asking the same again gets the same answer."""
+
+
+class TopicExistsError(Exception):
+    """There is a topic of this name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Topic:
+    """A topic as it is.
+
+    Attributes:
+        id: Kafka's own id, another one whenever a topic of the same name is made again.
+        config: what was set on the topic itself, without brokers' defaults.
+    """
+
+    name: str
+    id: str
+    partitions: int
+    replicas: int
+    config: Mapping[str, str]
+
+
+class Kafka:
+    """One Kafka cluster."""
+
+    def __init__(self, bootstrap: str) -> None:
+        """Connect lazily to the brokers `bootstrap` (`host:port,…`)."""
+        self._system = f"Kafka at {bootstrap}"
+        # A closed idle connection isn't worth a log line; errors come with each answer.
+        self._admin = AdminClient(
+            {"bootstrap.servers": bootstrap, "client.id": "refold-operator", "log_level": 2, "reconnect.backoff.max.ms": 2000}
+        )
+
+    async def cluster_id(self) -> str:
+        """Return the cluster's id, which no other cluster has."""
+        description = await self._answer(self._admin.describe_cluster(request_timeout=_TIMEOUT_SECONDS))
+        return str(description.cluster_id)
+
+    async def topic(self, name: str) -> Topic | None:
+        """Return a topic, or None where there is none."""
+        futures = self._admin.describe_topics(TopicCollection([name]), request_timeout=_TIMEOUT_SECONDS)
+        try:
+            description = await self._answer(futures[name])
+            resource = ConfigResource(ResourceType.TOPIC, name)
+            configs = self._admin.describe_configs([resource], request_timeout=_TIMEOUT_SECONDS)
+            entries = await self._answer(configs[resource])
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                return None
+            raise
+        return Topic(
+            name=name,
+            id=str(description.topic_id),
+            partitions=len(description.partitions),
+            replicas=min((len(partition.replicas) for partition in description.partitions), default=0),
+            config={
+                entry.name: entry.value
+                for entry in entries.values()
+                if entry.source == ConfigSource.DYNAMIC_TOPIC_CONFIG.value
+            },
+        )
+
+    async def create(self, name: str, *, partitions: int, replicas: int, config: Mapping[str, str]) -> None:
+        """Create a topic.
+
+        Raises:
+            TopicExistsError: there is one already.
+            TopicRefusedError: the broker refuses the name, the replication factor or a config.
+        """
+        topic = NewTopic(name, num_partitions=partitions, replication_factor=replicas, config=dict(config))
+        futures = self._admin.create_topics(
+            [topic], operation_timeout=_TIMEOUT_SECONDS, request_timeout=_TIMEOUT_SECONDS + 5
+        )
+        try:
+            await self._answer(futures[name])
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.TOPIC_ALREADY_EXISTS:
+                raise TopicExistsError(name) from error
+            raise
+
+    async def configure(self, name: str, changes: Mapping[str, str | None]) -> None:
+        """Set configs of a topic; None takes a config away, so that the broker's default applies.
+
+        Raises:
+            TopicRefusedError: the broker refuses a config.
+        """
+        entries = [
+            ConfigEntry(
+                config,
+                value,
+                incremental_operation=AlterConfigOpType.DELETE if value is None else AlterConfigOpType.SET,
+            )
+            for config, value in changes.items()
+        ]
+        resource = ConfigResource(ResourceType.TOPIC, name, incremental_configs=entries)
+        futures = self._admin.incremental_alter_configs([resource], request_timeout=_TIMEOUT_SECONDS)
+        await self._answer(futures[resource])
+
+    async def delete(self, name: str) -> None:
+        """Delete a topic; one that is gone is no error."""
+        futures = self._admin.delete_topics(
+            [name], operation_timeout=_TIMEOUT_SECONDS, request_timeout=_TIMEOUT_SECONDS + 5
+        )
+        try:
+            await self._answer(futures[name])
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                raise
+
+    async def _answer(self, future: "concurrent.futures.Future[Any]") -> Any:
+        """Await an answer; outages and refusals become errors of their own, the rest stays a KafkaException."""
+        try:
+            async with asyncio.timeout(_TIMEOUT_SECONDS + 10):
+                return await asyncio.wrap_future(future)
+        except TimeoutError:
+            raise UnreachableError(self._system, f"no answer within {_TIMEOUT_SECONDS + 10:.0f} s") from None
+        except KafkaException as error:
+            answer = error.args[0]
+            if answer.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.TOPIC_ALREADY_EXISTS):
+                raise
+            if answer.code() in _REFUSALS:
+                raise TopicRefusedError(answer.str()) from error
+            raise UnreachableError(self._system, answer.str()) from error

@@ -1,0 +1,153 @@
+"""What to reconcile next: one entry a resource, one run at a time a resource, retries with back-off.
+
+Watch events, timers and retries only *name* a resource; a run looks at the whole of it. So any number of causes that
+come before a run begin it once, and a cause that comes during a run begins another one after it.
+"""
+
+import asyncio
+import dataclasses
+import random
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+import structlog
+
+from refold_operator import metrics
+
+_log = structlog.get_logger()
+
+_FIRST_RETRY_SECONDS = 1.0
+_LAST_RETRY_SECONDS = 60.0
+#: A run that takes longer is cancelled and tried again: every call inside has a shorter limit of its own.
+RUN_SECONDS = 180.0
+
+
+class Key(NamedTuple):
+    """A resource: `kind` is EventStream or Projection."""
+
+    kind: str
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.namespace}/{self.name}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        again: seconds until the next run without any cause, or None for never (the resource is gone).
+        failed: whether something is missing; then `again` None means the key's own exponential back-off.
+        message: what is missing.
+    """
+
+    again: float | None = None
+    failed: bool = False
+    message: str = ""
+
+
+Reconcile = Callable[[Key], Awaitable[Outcome]]
+
+
+def backoff(failures: int) -> float:
+    """Return the seconds to wait after so many failures in a row: 1, 2, 4 … 60, ± 20 %."""
+    seconds = min(_FIRST_RETRY_SECONDS * 2.0 ** min(failures - 1, 16), _LAST_RETRY_SECONDS)
+    return seconds * random.uniform(0.8, 1.2)  # noqa: S311 - spreads retries, guards nothing
+
+
+class WorkQueue:
+    """Keys with the time that they are due at, and the workers that run them."""
+
+    def __init__(self, reconcile: Reconcile) -> None:
+        """Run `reconcile`; it raises only on defects and API outages, both retried."""
+        self._reconcile = reconcile
+        self._due: dict[Key, float] = {}
+        self._failures: dict[Key, int] = {}
+        self._locks: dict[Key, asyncio.Lock] = {}
+        self._changed = asyncio.Event()
+
+    def add(self, key: Key, *, after: float = 0.0) -> None:
+        """Run `key` at the latest `after` seconds from now."""
+        due = asyncio.get_running_loop().time() + after
+        if key not in self._due or due < self._due[key]:
+            self._due[key] = due
+            self._changed.set()
+
+    def forget(self, key: Key) -> None:
+        """Drop what is kept of a resource that is gone."""
+        self._due.pop(key, None)
+        self._failures.pop(key, None)
+        lock = self._locks.get(key)
+        if lock is not None and not lock.locked():
+            del self._locks[key]
+
+    def hurry(self) -> None:
+        """Run what has failed at once: its cause may be gone."""
+        for key in list(self._failures):
+            self.add(key)
+
+    async def now(self, key: Key) -> Outcome:
+        """Run `key` after its current run, if any, and return the outcome; the queue's own entry is left to come."""
+        async with self._locks.setdefault(key, asyncio.Lock()):
+            return await self._run(key)
+
+    async def work(self, workers: int) -> None:
+        """Run keys as they become due, until cancelled."""
+        metrics.QUEUED.set_function(lambda: len(self._due))
+        async with asyncio.TaskGroup() as group:
+            for _ in range(workers):
+                group.create_task(self._worker())
+
+    async def _worker(self) -> None:
+        while True:
+            key = await self._next()
+            lock = self._locks.setdefault(key, asyncio.Lock())
+            async with lock:
+                outcome = await self._run(key)
+            if outcome.failed:
+                self._failures[key] = self._failures.get(key, 0) + 1
+                self.add(key, after=backoff(self._failures[key]) if outcome.again is None else outcome.again)
+            else:
+                self._failures.pop(key, None)
+                if outcome.again is not None:
+                    self.add(key, after=outcome.again)
+                elif key not in self._due:
+                    self.forget(key)
+
+    async def _next(self) -> Key:
+        """Return the key that has been due longest and isn't running, and take it out."""
+        loop = asyncio.get_running_loop()
+        while True:
+            self._changed.clear()
+            free = [
+                (due, key) for key, due in self._due.items() if key not in self._locks or not self._locks[key].locked()
+            ]
+            wait = None
+            if free:
+                due, key = min(free)
+                if due <= loop.time():
+                    del self._due[key]
+                    return key
+                wait = due - loop.time()
+            try:
+                async with asyncio.timeout(wait):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+
+    async def _run(self, key: Key) -> Outcome:
+        try:
+            with metrics.DURATION.labels(key.kind).time():
+                async with asyncio.timeout(RUN_SECONDS):
+                    outcome = await self._reconcile(key)
+        except Exception as error:  # noqa: BLE001 - the last guard: a defect in one resource must not stop the others
+            _log.exception("reconcile failed unexpectedly", kind=key.kind, namespace=key.namespace, name=key.name)
+            outcome = Outcome(failed=True, message=f"{type(error).__name__}: {error}")
+        finally:
+            self._changed.set()
+        metrics.RECONCILIATIONS.labels(key.kind).inc()
+        if outcome.failed:
+            metrics.FAILURES.labels(key.kind).inc()
+        return outcome
