@@ -1,35 +1,75 @@
-# Refold's commands for developers. `make help` lists them.
+# Refold's commands for developers. `make help` lists them; README.md tells which to try first.
 SHELL := /usr/bin/env bash
-.DEFAULT_GOAL := help
 .SHELLFLAGS := -euo pipefail -c
-CACHE := $(or $(REFOLD_CACHE),$(HOME)/.cache/refold)
-UV := $(CACHE)/uv/bin/uv
-RUN := .venv/bin/
+.DEFAULT_GOAL := help
+export REFOLD_CACHE ?= $(HOME)/.cache/refold
+# kind, kubectl and helm, where hack/kind had to build them
+export PATH := $(REFOLD_CACHE)/bin:$(PATH)
+UV := $(REFOLD_CACHE)/uv/bin/uv
+PYTHON := .venv/bin/python
+PYTEST := .venv/bin/pytest
 
 .PHONY: help
 help: ## List the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  \033[1mmake %-13s\033[0m %s\n", $$1, $$2}'
+
+## --- on the machine ---
 
 $(UV):
-	@echo "installing uv into $(CACHE)/uv (10 s once)"
-	@python3 -m venv $(CACHE)/uv && $(CACHE)/uv/bin/pip install -q uv==0.13.9
+	@echo "installing uv into $(REFOLD_CACHE)/uv (10 s once)"
+	@python3 -m venv $(REFOLD_CACHE)/uv && $(REFOLD_CACHE)/uv/bin/pip install -q uv==0.13.9
 
 .venv/.done: pyproject.toml uv.lock $(UV)
 	@echo "installing the locked dependencies into .venv (10 s)"
 	@$(UV) sync --frozen --quiet && touch $@
 
 .PHONY: venv
-venv: .venv/.done ## Create .venv with the locked dependencies
+venv: .venv/.done ## Make .venv with the locked dependencies
+
+.PHONY: servers
+servers: ## Install what local test servers need: PostgreSQL, a JDK, Maven
+	@hack/servers/install.sh
+
+.PHONY: tools
+tools: ## Provide kind, kubectl and helm (those of the machine, or built once)
+	@hack/kind/tools.sh
 
 .PHONY: lint
-lint: venv ## Style, types and layers
-	$(RUN)ruff check .
-	$(RUN)ruff format --check .
-	$(RUN)mypy
+lint: venv ## Style, types, layers and shell scripts
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	.venv/bin/shellcheck -x hack/kind/*.sh hack/kind/build/*.sh hack/servers/*.sh
 
 .PHONY: unit
-unit: venv ## Tests of pure functions
-	$(RUN)pytest tests/unit
+unit: venv tools ## Tests without servers
+	$(PYTEST) tests/unit
+
+.PHONY: integration
+integration: venv servers ## Tests with real PostgreSQL and Kafka on 127.0.0.1
+	$(PYTEST) tests/integration
+
+## --- on a kind cluster ---
+
+.PHONY: up
+up: venv ## A kind cluster with Refold installed (context kind-refold); leaves it running
+	@hack/kind/up.sh
+	@hack/kind/install.sh
+
+.PHONY: demo
+demo: up ## From nothing to a table of rows: flights of 2013 (DEMO_MONTHS=12: the whole year)
+	@$(PYTHON) -m examples.flights.demo
+
+.PHONY: e2e
+e2e: up ## Tests on the kind cluster
+	$(PYTEST) tests/e2e
+
+.PHONY: down
+down: ## Delete the kind cluster
+	@hack/kind/down.sh
+
+## --- all ---
 
 .PHONY: test
-test: lint unit ## Everything that CI runs
+test: lint unit integration e2e ## Everything that CI runs

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Installs (or upgrades) the chart in the kind cluster, namespace refold-system, with the images that images.sh built and
+# embedded PostgreSQL and Kafka, and waits until it runs (60 s the first time). Arguments go to helm.
+set -euo pipefail
+# shellcheck source=common.sh
+. "$(dirname "$0")/common.sh"
+
+images=$("$HERE/images.sh")
+tag() { sed -n "s|^refold/$1:||p" <<<"$images"; }
+
+kubectl --context "$CONTEXT" create namespace refold-system --dry-run=client -o yaml |
+  kubectl --context "$CONTEXT" apply -f - >/dev/null
+kubectl --context "$CONTEXT" label namespace refold-system --overwrite pod-security.kubernetes.io/enforce=restricted >/dev/null
+say "installing the chart into refold-system (60 s the first time)"
+helm --kube-context "$CONTEXT" upgrade --install refold "$ROOT/charts/refold" -n refold-system \
+  -f "$HERE/values.yaml" --set "image.tag=$(tag refold)" \
+  --set "embedded.postgres.image=refold/postgres:$(tag postgres)" --set "embedded.kafka.image=refold/kafka:$(tag kafka)" \
+  --wait --timeout 5m "$@" >/dev/null
+say "Refold runs: event store on 127.0.0.1:30080, try \`kubectl --context $CONTEXT get evs,proj -A\`"

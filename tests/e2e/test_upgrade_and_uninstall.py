@@ -1,0 +1,83 @@
+"""A release that is upgraded, uninstalled and installed again: data stays, and no finalizer hangs."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import yaml
+
+from hack.client import CONTEXT, NAMESPACE, eventually, kubectl, wait_ready
+from tests.e2e.conftest import Sandbox
+from tests.e2e.orders import ORDER_STATUS, STREAM
+
+ROOT = Path(__file__).parents[2]
+
+
+def helm(*arguments: str) -> str:
+    done = subprocess.run(
+        ["helm", "--kube-context", CONTEXT, "-n", NAMESPACE, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"helm {' '.join(arguments)}: {done.stderr}"
+    return done.stdout
+
+
+def chart_with_a_changed_crd(folder: Path) -> Path:
+    """Return a copy of the chart whose EventStream CRD has one more printer column."""
+    chart = folder / "refold"
+    shutil.copytree(ROOT / "charts" / "refold", chart)
+    changed = 0
+    for path in chart.rglob("*eventstreams*.yaml"):
+        crd = yaml.safe_load(path.read_text())
+        for version in crd["spec"]["versions"]:
+            version["additionalPrinterColumns"].append(
+                {"name": "Upgraded", "type": "string", "jsonPath": ".metadata.uid", "priority": 1}
+            )
+        path.write_text(yaml.safe_dump(crd, sort_keys=False))
+        changed += 1
+    assert changed == 1
+    return chart
+
+
+def test_an_upgrade_changes_the_crds_and_keeps_data_and_an_uninstall_leaves_no_finalizer(
+    sandbox: Sandbox, tmp_path: Path
+) -> None:
+    sandbox.apply(STREAM, ORDER_STATUS)
+    stream, model = sandbox.stream(), sandbox.read_model("order-status")
+    assert stream.append("o1", [{"id": "1", "type": "OrderPlaced", "data": {"total": 1}}]).status_code == 201
+    model.wait_applied(stream.positions)
+
+    helm("upgrade", "refold", str(chart_with_a_changed_crd(tmp_path)), "--reuse-values", "--wait", "--timeout=5m")
+    crd = json.loads(kubectl("get", "crd", "eventstreams.refold.dev", "-o", "json"))
+    assert "Upgraded" in [column["name"] for column in crd["spec"]["versions"][0]["additionalPrinterColumns"]]
+    assert stream.append("o1", [{"id": "2", "type": "ItemAdded", "data": {"qty": 1, "price": 2}}]).status_code == 201
+    model.wait_applied(stream.positions)
+    row = {"status": "placed", "items": 2, "total": 3}
+    assert model.row("o1") == row
+
+    values = helm("get", "values", "refold", "-o", "yaml")
+    helm("uninstall", "refold", "--wait", "--timeout=5m")
+    try:
+        for kind in ("eventstreams.refold.dev", "projections.refold.dev"):
+            left = json.loads(kubectl("get", kind, "-A", "-o", "json"))["items"]
+            assert left, f"{kind} must outlive the release"
+            assert [item["metadata"].get("finalizers", []) for item in left] == [[]] * len(left)
+        assert "refold-postgres" in kubectl("-n", NAMESPACE, "get", "persistentvolumeclaims", "-o", "name")
+        assert not kubectl("-n", NAMESPACE, "get", "pods", "-o", "name").strip()
+    finally:
+        file = tmp_path / "values.yaml"
+        file.write_text(values)
+        chart = str(ROOT / "charts" / "refold")
+        helm("upgrade", "--install", "refold", chart, "-f", str(file), "--wait", "--timeout=5m")
+    eventually(
+        lambda: (
+            kubectl("-n", sandbox.name, "get", "evs,proj", "-o", "jsonpath={.items[*].metadata.finalizers}").count(
+                "refold.dev/finalizer"
+            )
+            == 2
+        ),
+        "the new operator takes the resources back",
+    )
+    wait_ready(sandbox.name)
+    assert len(sandbox.stream().events("o1")) == 2
+    assert model.row("o1") == row
