@@ -1,0 +1,461 @@
+"""The catalog of a store: installing it, and claiming, activating, releasing and dropping streams.
+
+All that the operator does to a store goes through here. Each function takes an administrator's connection (see
+`refold.eventstore.roles` for what that role must be), works in a transaction of its own, and is level-based: called
+again with the same arguments it changes nothing; a crash between two calls leaves what the next call puts right.
+
+A claim (namespace, name, resource UID, Kafka cluster, topic) is written before the topic is made and the topic's id
+after it, so that whoever looks can tell whose topic it is. All is owned by the store's owner role, which can't log in.
+"""
+
+import contextlib
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Literal
+
+import msgspec
+import psycopg
+from psycopg import AsyncConnection, sql
+from psycopg.rows import class_row
+
+from refold import names
+from refold.eventstore import migrations, roles
+from refold.eventstore.errors import ConflictError, EventStoreError, NotInstalledError
+
+#: Held exclusively while a store is installed or upgraded, shared while a stream is claimed or dropped ("Refi").
+_INSTALL_LOCK = 0x52656669
+
+State = Literal["claimed", "active", "released"]
+
+
+class Stream(msgspec.Struct, frozen=True, kw_only=True):
+    """One stream of the catalog.
+
+    `stream` is its number in the catalog; `incarnation` (16 hex digits) names this one history, in tokens and records;
+    `uid` is of the EventStream that claims it, None once released; `migration` is that of its schema.
+    """
+
+    stream: int
+    namespace: str
+    name: str
+    incarnation: str
+    uid: str | None
+    schema: str
+    partitions: int
+    topic: str
+    kafka_cluster: str | None
+    topic_id: str | None
+    state: State
+    migration: int
+
+
+_COLUMNS = sql.SQL(", ").join(sql.Identifier(column) for column in Stream.__struct_fields__)
+_STREAMS = sql.SQL("select {} from refold.streams").format(_COLUMNS)
+
+
+async def install_store(conn: AsyncConnection[Any]) -> str:
+    """Install or upgrade the store of the connection's database, and the schemas of the streams in it.
+
+    Idempotent; two at once wait for each other.
+
+    Returns:
+        The store's id, 16 hex digits, chosen when it was first installed.
+
+    Raises:
+        ConflictError: a role of the store exists and isn't Refold's.
+        EventStoreError: the database was installed by a later version of Refold.
+        psycopg.Error: the role isn't allowed to (it needs CREATEROLE and must own the database), or isn't reachable.
+    """
+    store_roles = _store_roles(conn)
+    async with conn.transaction():
+        await conn.execute("select pg_advisory_xact_lock(%s, 0)", [_INSTALL_LOCK])
+        await roles.ensure_group(conn, store_roles.values())
+        await roles.adopt_owner(conn, store_roles["owner"])
+        await _ensure_schema(conn, store_roles["owner"])
+        async with _as_owner(conn, store_roles["owner"]):
+            await conn.execute(
+                "create table if not exists refold.migrations ("
+                "number integer primary key, name text not null, applied_at timestamptz not null default now())"
+            )
+            cursor = await conn.execute("select coalesce(max(number), 0) from refold.migrations")
+            row = await cursor.fetchone()
+            applied = 0 if row is None else int(row[0])
+            available = migrations.load("store")
+            if applied > available[-1].number:
+                raise EventStoreError(
+                    f"the store in database {conn.info.dbname} is at migration {applied}, this version of Refold knows "
+                    f"{available[-1].number}: run a later version"
+                )
+            for migration in available:
+                if migration.number > applied:
+                    await conn.execute(
+                        migration.render({**store_roles, "store_id": secrets.token_hex(8)}).encode(), prepare=False
+                    )
+                    await conn.execute(
+                        "insert into refold.migrations (number, name) values (%s, %s)",
+                        [migration.number, migration.name],
+                    )
+            cursor = await conn.execute("select id from refold.store")
+            found = await cursor.fetchone()
+            assert found is not None, "the first migration writes this row"
+    await _upgrade_streams(conn)
+    return str(found[0])
+
+
+async def store_id(conn: AsyncConnection[Any]) -> str:
+    """Return the store's id (16 hex digits).
+
+    Raises:
+        NotInstalledError: the database holds no store.
+    """
+    try:
+        row = await (await conn.execute("select id from refold.store")).fetchone()
+    except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName) as error:
+        raise _not_installed(conn) from error
+    if row is None:
+        raise _not_installed(conn)
+    return str(row[0])
+
+
+async def claim_stream(
+    conn: AsyncConnection[Any],
+    *,
+    namespace: str,
+    name: str,
+    uid: str,
+    partitions: int,
+    topic: str,
+    kafka_cluster: str,
+) -> Stream:
+    """Claim a stream for the resource `uid`, making its schema, tables and roles where they are missing.
+
+    A stream that was released by a resource of the same namespace and name is taken back with its history. The
+    stream is `claimed`, not served, until `activate`; one that is active already stays active.
+
+    Args:
+        conn: an administrator's connection.
+        namespace: the EventStream's namespace.
+        name: the EventStream's name.
+        uid: the EventStream's UID.
+        partitions: 1 to 512, immutable.
+        topic: immutable.
+        kafka_cluster: Kafka's cluster id; where it differs from the stored one, the stored topic id is forgotten.
+
+    Raises:
+        ConflictError: the name, schema or topic belongs to another resource, or partitions or topic differ from those
+            that the stream was made with.
+        NotInstalledError: `install_store` wasn't run.
+    """
+    schema = names.event_schema(namespace, name)
+    try:
+        async with conn.transaction():
+            await conn.execute("select pg_advisory_xact_lock_shared(%s, 0)", [_INSTALL_LOCK])
+            async with (
+                _as_owner(conn, _store_roles(conn)["owner"]),
+                conn.cursor(row_factory=class_row(Stream)) as cursor,
+            ):
+                await cursor.execute(
+                    _STREAMS
+                    + sql.SQL(
+                        " where (namespace, name) = (%s, %s) or schema = %s or (kafka_cluster, topic) = (%s, %s) "
+                        "order by stream for update"
+                    ),
+                    [namespace, name, schema, kafka_cluster, topic],
+                )
+                known = await cursor.fetchall()
+                stream = _own(known, namespace=namespace, name=name, uid=uid, partitions=partitions, topic=topic)
+                if stream is None:
+                    await cursor.execute(
+                        sql.SQL(
+                            "insert into refold.streams "
+                            "(namespace, name, incarnation, uid, schema, partitions, topic, kafka_cluster, state) "
+                            "values (%s, %s, %s, %s, %s, %s, %s, %s, 'claimed') returning {}"
+                        ).format(_COLUMNS),
+                        [namespace, name, secrets.token_hex(8), uid, schema, partitions, topic, kafka_cluster],
+                    )
+                    stream = await cursor.fetchone()
+                    assert stream is not None, "insert … returning gives the row"
+                elif stream.uid != uid or stream.kafka_cluster != kafka_cluster:
+                    await cursor.execute(
+                        sql.SQL(
+                            "update refold.streams set uid = %(uid)s, kafka_cluster = %(cluster)s, "
+                            "state = case when state = 'released' then 'claimed' else state end, "
+                            "topic_id = case when kafka_cluster = %(cluster)s then topic_id end "
+                            "where stream = %(stream)s returning {}"
+                        ).format(_COLUMNS),
+                        {"uid": uid, "cluster": kafka_cluster, "stream": stream.stream},
+                    )
+                    stream = await cursor.fetchone()
+                    assert stream is not None, "the row is locked, so it is there"
+            if stream.migration < migrations.load("stream")[-1].number:
+                stream = await _migrate_stream(conn, stream)
+    except psycopg.errors.UniqueViolation as error:
+        raise ConflictError(
+            "name",
+            f"another claim of stream {namespace}/{name} or of topic {topic} was written at the same time: "
+            f"{error.diag.message_detail}",
+        ) from error
+    except psycopg.errors.DuplicateSchema as error:
+        raise ConflictError(
+            "schema",
+            f"the schema {schema} exists in database {conn.info.dbname} and isn't in the store's catalog; "
+            "drop or rename it, or choose another name for the stream",
+        ) from error
+    except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedObject) as error:
+        raise _not_installed(conn) from error
+    return stream
+
+
+async def record_topic(conn: AsyncConnection[Any], stream: Stream, topic_id: str) -> Stream:
+    """Record the id of the stream's topic, once it was made (or made again).
+
+    Raises:
+        ConflictError: the stream isn't claimed by `stream.uid` any more.
+    """
+    return await _update(conn, stream, sql.SQL("topic_id = {}").format(sql.Literal(topic_id)))
+
+
+async def activate(conn: AsyncConnection[Any], stream: Stream) -> Stream:
+    """Let the stream be appended to, relayed and projected.
+
+    Raises:
+        ConflictError: the stream isn't claimed by `stream.uid` any more.
+    """
+    return await _update(conn, stream, sql.SQL("state = 'active'"))
+
+
+async def release_stream(conn: AsyncConnection[Any], stream: Stream) -> None:
+    """Let go of the stream (deletionPolicy Retain): nothing is dropped, nothing is served any more.
+
+    Appends under way are finished first. A stream that is gone or belongs to another resource is left alone.
+    """
+    async with conn.transaction(), _as_owner(conn, _store_roles(conn)["owner"]):
+        await _lock_heads(conn, stream)
+        await conn.execute(
+            "update refold.streams set state = 'released', uid = null where stream = %s and uid = %s",
+            [stream.stream, stream.uid],
+        )
+
+
+async def drop_stream(conn: AsyncConnection[Any], *, namespace: str, name: str, uid: str) -> bool:
+    """Drop the stream's history, roles and catalog entry (deletionPolicy Delete).
+
+    Returns:
+        Whether there was such a stream of that `uid`; another resource's is left alone.
+
+    Raises:
+        ConflictError: something that isn't Refold's depends on it.
+    """
+    async with conn.transaction():
+        await conn.execute("select pg_advisory_xact_lock_shared(%s, 0)", [_INSTALL_LOCK])
+        async with _as_owner(conn, _store_roles(conn)["owner"]), conn.cursor(row_factory=class_row(Stream)) as cursor:
+            await cursor.execute(_STREAMS + sql.SQL(" where (namespace, name) = (%s, %s)"), [namespace, name])
+            stream = await cursor.fetchone()
+            if stream is None or stream.uid != uid:
+                return False
+            await _lock_heads(conn, stream)
+            await cursor.execute("delete from refold.streams where stream = %s and uid = %s", [stream.stream, uid])
+            if cursor.rowcount == 0:
+                return False
+            await cursor.execute(sql.SQL("drop schema if exists {} cascade").format(sql.Identifier(stream.schema)))
+        stream_roles = _stream_roles(conn, stream.schema)
+        await roles.drop_roles(conn, stream_roles.values())
+    return True
+
+
+async def get_stream(conn: AsyncConnection[Any], namespace: str, name: str) -> Stream | None:
+    """Return the stream of that name in whatever state, or None.
+
+    Raises:
+        NotInstalledError: the database holds no store.
+    """
+    found = await _select(conn, sql.SQL(" where (namespace, name) = ({}, {})").format(namespace, name))
+    return found[0] if found else None
+
+
+async def list_streams(conn: AsyncConnection[Any]) -> list[Stream]:
+    """Return all streams, in whatever state, in order of their numbers.
+
+    Raises:
+        NotInstalledError: the database holds no store.
+    """
+    return await _select(conn, sql.SQL(" order by stream"))
+
+
+async def stream_heads(
+    conn: AsyncConnection[Any], streams: Sequence[Stream] | None = None
+) -> dict[int, dict[int, int]]:
+    """Return the heads of `streams` (default: of all) as {stream number: {partition: head}}, by one query."""
+    chosen = None if streams is None else [stream.stream for stream in streams]
+    cursor = await conn.execute(
+        "select stream, partition, head from refold.heads where %(chosen)s::int[] is null or stream = any(%(chosen)s)",
+        {"chosen": chosen},
+    )
+    heads: dict[int, dict[int, int]] = {}
+    async for stream, partition, head in cursor:
+        heads.setdefault(stream, {})[partition] = head
+    return heads
+
+
+def writer_role(conn: AsyncConnection[Any], stream: Stream) -> str:
+    """Return the role that may append to the stream by its `append` function, and nothing else."""
+    return names.resource_role(conn.info.dbname, stream.schema, "writer")
+
+
+def reader_role(conn: AsyncConnection[Any], stream: Stream) -> str:
+    """Return the role that may read the stream's events, and nothing else."""
+    return names.resource_role(conn.info.dbname, stream.schema, "reader")
+
+
+def _own(known: Sequence[Stream], *, namespace: str, name: str, uid: str, partitions: int, topic: str) -> Stream | None:
+    """Return the stream among `known` that the claim is for, or None where it is new; refuse what is someone else's."""
+    asked = f"stream {namespace}/{name}"
+    own = None
+    for stream in known:
+        held_by = f"stream {stream.namespace}/{stream.name} ({stream.state}, uid {stream.uid})"
+        if (stream.namespace, stream.name) == (namespace, name):
+            own = stream
+        elif stream.topic == topic:
+            raise ConflictError("topic", f"{asked} asks for topic {topic}, which belongs to {held_by}")
+        else:
+            raise ConflictError("schema", f"{asked} asks for schema {stream.schema}, which belongs to {held_by}")
+    if own is None:
+        return None
+    if own.uid not in (None, uid):
+        raise ConflictError("name", f"{asked} belongs to the resource with uid {own.uid}, not to {uid}")
+    if own.partitions != partitions:
+        raise ConflictError(
+            "partitions",
+            f"{asked} was made with {own.partitions} partitions, {partitions} are asked for; they can't be changed: "
+            "copy the stream into a new one",
+        )
+    if own.topic != topic:
+        raise ConflictError(
+            "topic", f"{asked} was made with topic {own.topic}, {topic} is asked for; it can't be changed"
+        )
+    return own
+
+
+async def _migrate_stream(conn: AsyncConnection[Any], stream: Stream) -> Stream:
+    """Apply the stream migrations that are missing, in the caller's transaction."""
+    stream_roles = _stream_roles(conn, stream.schema)
+    await roles.ensure_group(conn, stream_roles.values())
+    store_roles = _store_roles(conn)
+    values: dict[str, str | int] = {
+        **store_roles,
+        **stream_roles,
+        "schema": stream.schema,
+        "stream": stream.stream,
+        "partitions": stream.partitions,
+    }
+    statements = []
+    if stream.migration == 0:
+        statements += [
+            sql.SQL("create schema {}").format(sql.Identifier(stream.schema)).as_string(),
+            sql.SQL("insert into refold.heads (stream, partition) select {}, p from generate_series(0, {} - 1) p")
+            .format(stream.stream, stream.partitions)
+            .as_string(),
+        ]
+    available = migrations.load("stream")
+    statements += [migration.render(values) for migration in available if migration.number > stream.migration]
+    statements.append(
+        sql.SQL("update refold.streams set migration = {} where stream = {}")
+        .format(available[-1].number, stream.stream)
+        .as_string()
+    )
+    async with _as_owner(conn, store_roles["owner"]):
+        # One message for all of it: creating many streams must not take a round trip a statement.
+        await conn.execute(";\n".join(statements).encode(), prepare=False)
+    return msgspec.structs.replace(stream, migration=available[-1].number)
+
+
+async def _upgrade_streams(conn: AsyncConnection[Any]) -> None:
+    """Apply missing stream migrations, a transaction a stream."""
+    latest = migrations.load("stream")[-1].number
+    for behind in await _select(conn, sql.SQL(" where migration < {} order by stream").format(latest)):
+        async with conn.transaction():
+            locked = sql.SQL(" where stream = {} and migration < {} for update").format(behind.stream, latest)
+            async with _as_owner(conn, _store_roles(conn)["owner"]):
+                found = await _select(conn, locked)
+            for stream in found:
+                await _migrate_stream(conn, stream)
+
+
+async def _ensure_schema(conn: AsyncConnection[Any], owner: str) -> None:
+    """Make the schema `refold`, or take over the one that the same administrator made (a read store's)."""
+    database = conn.info.dbname
+    cursor = await conn.execute(
+        "select pg_get_userbyid(nspowner) from pg_namespace where nspname = 'refold'",
+    )
+    row = await cursor.fetchone()
+    statements = [
+        sql.SQL("grant create, connect on database {} to {}").format(sql.Identifier(database), sql.Identifier(owner)),
+        *(
+            sql.SQL("grant connect on database {} to {}").format(sql.Identifier(database), sql.Identifier(role))
+            for role in _store_roles(conn).values()
+            if role != owner
+        ),
+    ]
+    if row is None:
+        statements.append(sql.SQL("create schema refold authorization {}").format(sql.Identifier(owner)))
+    elif row[0] != owner:
+        statements.append(sql.SQL("alter schema refold owner to {}").format(sql.Identifier(owner)))
+    await conn.execute(sql.SQL("; ").join(statements), prepare=False)
+
+
+async def _lock_heads(conn: AsyncConnection[Any], stream: Stream) -> None:
+    """Wait for the appends under way, and make later ones wait for this transaction."""
+    await conn.execute("select 1 from refold.heads where stream = %s order by partition for update", [stream.stream])
+
+
+async def _update(conn: AsyncConnection[Any], stream: Stream, change: sql.Composable) -> Stream:
+    async with (
+        conn.transaction(),
+        _as_owner(conn, _store_roles(conn)["owner"]),
+        conn.cursor(row_factory=class_row(Stream)) as cursor,
+    ):
+        await cursor.execute(
+            sql.SQL("update refold.streams set {} where stream = {} and uid = {} returning {}").format(
+                change, stream.stream, stream.uid, _COLUMNS
+            )
+        )
+        changed = await cursor.fetchone()
+    if changed is None:
+        raise ConflictError(
+            "name",
+            f"stream {stream.namespace}/{stream.name} isn't claimed by the resource with uid {stream.uid} any more",
+        )
+    return changed
+
+
+async def _select(conn: AsyncConnection[Any], where: sql.Composable) -> list[Stream]:
+    try:
+        async with conn.cursor(row_factory=class_row(Stream)) as cursor:
+            await cursor.execute(_STREAMS + where)
+            return await cursor.fetchall()
+    except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName) as error:
+        raise _not_installed(conn) from error
+
+
+@contextlib.asynccontextmanager
+async def _as_owner(conn: AsyncConnection[Any], owner: str) -> AsyncIterator[None]:
+    """Act as `owner` for a part of the current transaction."""
+    await conn.execute(sql.SQL("set local role {}").format(sql.Identifier(owner)))
+    yield
+    # Not in a finally: after an error the transaction is rolled back, and the role with it.
+    await conn.execute("set local role none")
+
+
+def _store_roles(conn: AsyncConnection[Any]) -> dict[str, str]:
+    return {part: names.store_role(conn.info.dbname, part) for part in ("owner", "eventstore", "relay", "heads")}
+
+
+def _stream_roles(conn: AsyncConnection[Any], schema: str) -> dict[str, str]:
+    return {part: names.resource_role(conn.info.dbname, schema, part) for part in ("writer", "reader")}
+
+
+def _not_installed(conn: AsyncConnection[Any]) -> NotInstalledError:
+    return NotInstalledError(
+        f"database {conn.info.dbname} at {conn.info.host}:{conn.info.port} holds no event store; "
+        "the operator (refold.eventstore.catalog.install_store) installs it"
+    )
