@@ -55,9 +55,7 @@ class Kafka:
         """Choose folder and ports and format the storage; `settings` go to server.properties over the defaults."""
         self._folder = Path(tempfile.mkdtemp(prefix="refold-kafka-"))
         self.port = free_port()
-        controller = self.port + 1
-        while accepts(controller):
-            controller += 1
+        controller = free_port()
         options = {
             **_SETTINGS,
             "log.dirs": str(self._folder / "data"),

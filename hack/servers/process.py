@@ -15,17 +15,23 @@ def cache() -> Path:
     return Path(os.environ.get("REFOLD_CACHE") or Path.home() / ".cache" / "refold")
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """Return a TCP port on 127.0.0.1 that nothing listens on now, below the range of ephemeral ports."""
-    # An ephemeral port could be taken by an outgoing connection while the server is down for a restart.
-    for port in range(20000 + os.getpid() % 5000, 32000):
+    """Return a TCP port on 127.0.0.1 that nothing listens on and that this process hasn't been given before."""
+    # Below the ephemeral ports: an outgoing connection could take one while its server is down for a restart.
+    for port in range(20000 + os.getpid() % 5000, 30000):
+        if port in _given:
+            continue
         with contextlib.closing(socket.socket()) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            return port
+        _given.add(port)
+        return port
     raise RuntimeError("no free port on 127.0.0.1")
 
 

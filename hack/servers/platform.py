@@ -1,0 +1,173 @@
+"""A whole Refold without Kubernetes, for attacks and benchmarks: what the operator and the chart do, on 127.0.0.1.
+
+Streams and projections are made through the same functions that the operator calls; each process of the data plane is
+the `refold` command with the settings of docs/architecture.md, so that a test can kill, stop and restart it.
+"""
+
+import asyncio
+import secrets
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psycopg
+from confluent_kafka import TopicCollection
+from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
+from psycopg.conninfo import make_conninfo
+from refold import names
+from refold.eventstore import catalog, roles
+from refold.projection import definition as definitions
+from refold.projection.readstore import postgres as readstore
+
+from hack.servers.kafka import Kafka
+from hack.servers.postgres import Postgres
+from hack.servers.process import Process, free_port
+
+TOKEN = "local"  # of a throw-away installation on 127.0.0.1
+STORE, READ = "refold_store", "refold_read"
+
+
+class Platform:
+    """An installation on two servers that run already. The processes are the caller's to start."""
+
+    def __init__(self, postgres: Postgres, kafka: Kafka) -> None:
+        """Make both databases, the roles of the services, and a folder for logs."""
+        self.postgres, self.kafka = postgres, kafka
+        self.logs = Path(tempfile.mkdtemp(prefix="refold-logs-"))
+        self._password = secrets.token_hex(16)
+        with psycopg.connect(postgres.dsn(), autocommit=True) as conn:
+            conn.execute(f"create role refold_admin login createrole password '{self._password}'")
+            for database in (STORE, READ):
+                conn.execute(f"create database {database} owner refold_admin")
+        self.store_id = asyncio.run(self._install())
+
+    async def _install(self) -> str:
+        async with await self._admin(STORE) as conn:
+            store_id = await catalog.install_store(conn)
+            for part in ("eventstore", "relay"):
+                await roles.ensure_login(conn, names.store_role(STORE, part), self._password)
+        async with await self._admin(READ) as conn:
+            await readstore.install(conn)
+        return store_id
+
+    async def _admin(self, database: str) -> psycopg.AsyncConnection[Any]:
+        return await psycopg.AsyncConnection.connect(self._dsn(database, "refold_admin"), autocommit=True)
+
+    def _dsn(self, database: str, role: str) -> str:
+        # key=value form: a role's name may hold any character
+        return make_conninfo(
+            host="127.0.0.1", port=self.postgres.port, dbname=database, user=role, password=self._password
+        )
+
+    def store_dsn(self, part: str = "eventstore") -> str:
+        """Return the DSN of a service's role in the event store's database."""
+        return self._dsn(STORE, names.store_role(STORE, part))
+
+    def read_dsn(self) -> str:
+        """Return the administrator's DSN of the read models' database."""
+        return self._dsn(READ, "refold_admin")
+
+    def stream(self, namespace: str, name: str, *, partitions: int) -> catalog.Stream:
+        """Make a stream and its topic, as the operator does, and activate it."""
+        return asyncio.run(self._stream(namespace, name, partitions))
+
+    async def _stream(self, namespace: str, name: str, partitions: int) -> catalog.Stream:
+        admin = AdminClient({"bootstrap.servers": self.kafka.bootstrap})
+        topic = names.topic(namespace, name)
+        async with await self._admin(STORE) as conn:
+            stream = await catalog.claim_stream(
+                conn, namespace=namespace, name=name, uid=f"{namespace}/{name}", partitions=partitions, topic=topic,
+                kafka_cluster="local",
+            )  # fmt: skip
+            admin.create_topics([NewTopic(topic, partitions, 1)])[topic].result(30)
+            described = admin.describe_topics(TopicCollection([topic]))[topic].result(30)
+            stream = await catalog.record_topic(conn, stream, str(described.topic_id))
+            return await catalog.activate(conn, stream)
+
+    def projection(self, namespace: str, name: str, spec: dict[str, Any], streams: list[catalog.Stream]) -> str:
+        """Make a projection's version in the read store and its logins; return the version."""
+        return asyncio.run(self._projection(namespace, name, spec, streams))
+
+    async def _projection(self, namespace: str, name: str, spec: dict[str, Any], streams: list[catalog.Stream]) -> str:
+        definition = definitions.parse(spec)
+        refs = [
+            definitions.StreamRef(
+                namespace=stream.namespace, name=stream.name, incarnation=stream.incarnation,
+                partitions=stream.partitions, topic=stream.topic, event_schema=stream.schema,
+            )
+            for stream in streams
+        ]  # fmt: skip
+        version = definitions.version_of(definition, refs)
+        stored = definitions.VersionDefinition(definition=definition, streams=refs)
+        async with await self._admin(READ) as conn:
+            await readstore.claim_projection(conn, namespace=namespace, name=name, uid=f"{namespace}/{name}")
+            await readstore.ensure_version(conn, namespace=namespace, name=name, version=version, definition=stored)
+            await readstore.ensure_logins(
+                conn, namespace=namespace, name=name,
+                projector_password=self._password, query_password=self._password,
+            )  # fmt: skip
+        async with await self._admin(STORE) as conn:
+            readers = [catalog.reader_role(conn, stream) for stream in streams]
+            role = names.resource_role(STORE, names.read_schema(namespace, name), "projector")
+            await roles.ensure_login(conn, role, self._password, member_of=[*readers, names.store_role(STORE, "heads")])
+        return version
+
+    def eventstore(self) -> "Service":
+        """Return an event store, not yet started."""
+        return Service(self, "eventstore", REFOLD_STORE_DSN=self.store_dsn(), REFOLD_TOKEN=TOKEN)
+
+    def relay(self, **settings: str) -> "Service":
+        """Return a relay, not yet started."""
+        return Service(
+            self, "relay", REFOLD_STORE_DSN=self.store_dsn("relay"), REFOLD_KAFKA_BOOTSTRAP=self.kafka.bootstrap,
+            **settings,
+        )  # fmt: skip
+
+    def projector(self, namespace: str, name: str, version: str, **settings: str) -> "Service":
+        """Return a projector of one version, not yet started."""
+        schema = names.read_schema(namespace, name)
+        return Service(
+            self, "projector", REFOLD_PROJECTION=f"{namespace}/{name}", REFOLD_VERSION=version,
+            REFOLD_STORE_DSN=self._dsn(STORE, names.resource_role(STORE, schema, "projector")),
+            REFOLD_READSTORE_DSN=self._dsn(READ, readstore.logins(READ, schema)[0]),
+            REFOLD_KAFKA_BOOTSTRAP=self.kafka.bootstrap, **settings,
+        )  # fmt: skip
+
+    def query(self, namespace: str, name: str) -> "Service":
+        """Return a query service, not yet started."""
+        schema = names.read_schema(namespace, name)
+        return Service(
+            self, "query", REFOLD_PROJECTION=f"{namespace}/{name}", REFOLD_TOKEN=TOKEN,
+            REFOLD_READSTORE_DSN=self._dsn(READ, readstore.logins(READ, schema)[1]),
+        )  # fmt: skip
+
+
+class Service(Process):
+    """One process of the data plane, on a port of its own."""
+
+    def __init__(self, platform: Platform, command: str, **settings: str) -> None:
+        """Choose a port; `settings` are environment variables."""
+        self.command = command
+        self.port = free_port()
+        super().__init__(
+            [str(Path(sys.executable).with_name("refold")), command],
+            platform.logs / f"{command}-{self.port}.log",
+            env={**settings, "REFOLD_PORT": str(self.port)},
+        )
+
+    @property
+    def url(self) -> str:
+        """Return where it serves."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def up(self) -> None:
+        """Start it and wait until it is alive (it may still wait for its servers)."""
+        self.start(self._alive)
+
+    def _alive(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/healthz", trust_env=False).status_code == httpx.codes.OK
+        except httpx.TransportError:
+            return False
