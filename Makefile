@@ -50,6 +50,15 @@ unit: venv tools ## Tests without servers
 integration: venv servers ## Tests with real PostgreSQL and Kafka on 127.0.0.1
 	$(PYTEST) tests/integration
 
+.PHONY: attack-briefly
+attack-briefly: venv servers ## Attack each invariant briefly
+	$(PYTEST) tests/attack
+
+.PHONY: attack
+attack: venv servers ## Attack each invariant at length (about 15 minutes); the log goes to docs/attack/
+	@mkdir -p docs/attack
+	REFOLD_DISTURBANCES=100 $(PYTEST) -v tests/attack 2>&1 | tee docs/attack/$$(date -u +%Y-%m-%d).log
+
 ## --- on a kind cluster ---
 
 .PHONY: up
@@ -72,4 +81,4 @@ down: ## Delete the kind cluster
 ## --- all ---
 
 .PHONY: test
-test: lint unit integration e2e ## Everything that CI runs
+test: lint unit integration attack-briefly e2e ## Everything that CI runs

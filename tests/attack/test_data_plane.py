@@ -1,8 +1,7 @@
 """The data plane under attack: whatever is killed and whenever, no acknowledged append is lost or counted twice.
 
-Clients append to a stream while event store, relays, projectors and the servers beneath are killed with -9, stopped past
-their leases and resumed, or restarted, at random. Afterwards (invariants 1 to 4 of docs/architecture.md):
-positions and revisions have no gap, `recorded_at` never decreases, the store holds exactly the acknowledged events, the
+Clients append to a stream while event store, relays, projectors and the servers beneath are killed with -9, stopped
+past their leases and resumed, or restarted, at random. Afterwards (invariants 1 to 4 of docs/architecture.md): positions and revisions have no gap, `recorded_at` never decreases, the store holds exactly the acknowledged events, the
 topic equals the store for a read_committed consumer, and both read models equal the fold with positions at the heads.
 
 `make test` makes 10 disturbances, `make attack` at least 100; REFOLD_SEED repeats a run's choices.
@@ -37,7 +36,9 @@ PARTITIONS = 3
 CLIENTS = 4
 ORDER_STATUS = {
     "streams": ["orders"],
-    "columns": [{"name": "status", "type": "text"}, {"name": "items", "type": "integer"}, {"name": "total", "type": "numeric"}],
+    "columns": [
+        {"name": "status", "type": "text"}, {"name": "items", "type": "integer"}, {"name": "total", "type": "numeric"},
+    ],
     "fold": [
         {"type": "OrderPlaced", "set": {"status": "'placed'"}, "add": {"items": "1", "total": "data.total"}},
         {"type": "ItemAdded", "add": {"items": "data.qty", "total": "data.qty * data.price"}},
@@ -57,7 +58,7 @@ CUSTOMERS = {
 
 
 class Client(threading.Thread):
-    """Appends lives of orders one event at a time; tries each append again, with the same ids, until it is acknowledged."""
+    """Appends lives of orders one event at a time; repeats each append, with its ids, until it is acknowledged."""
 
     def __init__(self, name: str, stores: list[Service], seed: int) -> None:
         super().__init__(name=name, daemon=True)
