@@ -1,8 +1,9 @@
 """The data plane under attack: whatever is killed and whenever, no acknowledged append is lost or counted twice.
 
 Clients append to a stream while event store, relays, projectors and the servers beneath are killed with -9, stopped
-past their leases and resumed, or restarted, at random. Afterwards (invariants 1 to 4 of docs/architecture.md): positions and revisions have no gap, `recorded_at` never decreases, the store holds exactly the acknowledged events, the
-topic equals the store for a read_committed consumer, and both read models equal the fold with positions at the heads.
+past their leases and resumed, or restarted, at random. Afterwards (the invariants of docs/architecture.md): positions
+and revisions have no gap, `recorded_at` never decreases, the store holds exactly the acknowledged events, the topic
+equals the store for a read_committed consumer, and both read models equal the fold with positions at the heads.
 
 `make test` makes 10 disturbances, `make attack` at least 100; REFOLD_SEED repeats a run's choices.
 """
