@@ -31,7 +31,7 @@ create table refold.heads (
   stream      integer not null references refold.streams on delete cascade,
   partition   integer not null check (partition >= 0),
   head        bigint not null default 0 check (head >= 0),
-  recorded_at timestamptz not null default '-infinity',
+  recorded_at timestamptz not null default 'epoch',
   primary key (stream, partition)
 ) with (
   fillfactor = 50,
