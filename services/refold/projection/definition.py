@@ -5,12 +5,16 @@ stored in the read store as a `VersionDefinition`, from which projector and quer
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, NamedTuple
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from refold.projection import cel
+from refold.projection.values import CONVERSIONS
 
 _COLUMN_NAME = r"^[a-z][a-z0-9_]{0,39}$"
 
@@ -53,8 +57,8 @@ class Definition(_Model):
 
     streams: Annotated[list[str], Field(min_length=1)]
     key: str = "subject"
-    columns: list[Column] = []
-    fold: Annotated[list[FoldRule], Field(min_length=1)]
+    columns: Annotated[list[Column], Field(max_length=200)] = []
+    fold: Annotated[list[FoldRule], Field(min_length=1, max_length=200)]
 
 
 class StreamRef(_Model):
@@ -121,7 +125,10 @@ def parse(spec: Mapping[str, object]) -> Definition:
     Raises:
         InvalidDefinitionError: its form is wrong, or `check` found problems.
     """
-    definition = Definition.model_validate({name: spec[name] for name in Definition.model_fields if name in spec})
+    try:
+        definition = Definition.model_validate({name: spec[name] for name in Definition.model_fields if name in spec})
+    except ValidationError as error:
+        raise InvalidDefinitionError([_malformed(details) for details in error.errors()]) from error
     if problems := check(definition):
         raise InvalidDefinitionError(problems)
     return definition
@@ -129,12 +136,127 @@ def parse(spec: Mapping[str, object]) -> Definition:
 
 def check(definition: Definition) -> list[Problem]:
     """Return all that keeps `definition` from working; empty where it can be folded."""
-    return []
+    columns = {column.name: column.type.value for column in definition.columns}
+    problems = [*_check_names(definition), *_check_key(definition.key)]
+    for position, rule in enumerate(definition.fold):
+        problems += _check_rule(f"spec.fold[{position}]", rule, columns)
+    if not problems and not single_partition(definition):
+        problems += _check_several_partitions(definition)
+    return problems
 
 
 def single_partition(definition: Definition) -> bool:
-    """Return whether each row is fed by one partition only: one stream, keyed by subject."""
-    return len(definition.streams) == 1 and definition.key.strip() in ("subject", "event.subject")
+    """Return whether each row is fed by one partition only: one stream, keyed by subject.
+
+    Raises:
+        CelError: the key is no expression.
+    """
+    return len(definition.streams) == 1 and cel.check(definition.key).fast == "event.subject"
+
+
+def _check_names(definition: Definition) -> Iterator[Problem]:
+    for position, stream in enumerate(definition.streams):
+        if stream in definition.streams[:position]:
+            yield Problem(f"spec.streams[{position}]", "Duplicate", f"the stream {stream} stands here twice")
+    names: set[str] = set()
+    for position, column in enumerate(definition.columns):
+        path = f"spec.columns[{position}].name"
+        if column.name == "key":
+            yield Problem(path, "ReservedName", "every row has its key as `key` already: choose another name")
+        if column.name in names:
+            yield Problem(path, "Duplicate", f"the column {column.name} stands here twice")
+        names.add(column.name)
+
+
+def _check_key(source: str) -> Iterator[Problem]:
+    expression = _compiled("spec.key", source)
+    if isinstance(expression, Problem):
+        yield expression
+    elif not expression.kind & (cel.Kind.STRING | cel.Kind.LIST):
+        yield Problem(
+            "spec.key",
+            "WrongType",
+            f"a key is a string or a list of strings, not {expression.kind.title}: use string()",
+        )
+
+
+def _check_rule(path: str, rule: FoldRule, columns: Mapping[str, str]) -> Iterator[Problem]:
+    if not (rule.set or rule.add or rule.delete):
+        yield Problem(path, "NothingToDo", "the rule does nothing: give it set, add or delete")
+    if rule.delete and (rule.set or rule.add):
+        yield Problem(f"{path}.delete", "Conflict", "a rule either deletes the row or changes it: make two rules of it")
+    if rule.when is not None:
+        expression = _compiled(f"{path}.when", rule.when)
+        if isinstance(expression, Problem):
+            yield expression
+        elif not expression.kind & cel.Kind.BOOL:
+            yield Problem(f"{path}.when", "WrongType", f"when must be true or false, not {expression.kind.title}")
+    for operation, assignments in (("set", rule.set), ("add", rule.add)):
+        for column, source in assignments.items():
+            yield from _check_assignment(f"{path}.{operation}.{column}", operation, column, source, columns)
+            if operation == "add" and column in rule.set:
+                message = f"the rule sets {column} as well: set it to the sum, or leave one of the two away"
+                yield Problem(f"{path}.add.{column}", "Conflict", message)
+
+
+def _check_assignment(
+    path: str, operation: str, column: str, source: str, columns: Mapping[str, str]
+) -> Iterator[Problem]:
+    expression = _compiled(path, source)
+    if isinstance(expression, Problem):
+        yield expression
+    if column not in columns:
+        there_are = f"there are {', '.join(columns)}" if columns else "there are none"
+        yield Problem(path, "UnknownColumn", f"{column} is not in spec.columns ({there_are}): declare it there")
+        return
+    kind = columns[column]
+    conversion = CONVERSIONS[kind]
+    if operation == "add" and conversion.add is None:
+        yield Problem(path, "NotNumeric", f"only integer and numeric columns can be added to, {column} is {kind}")
+    elif isinstance(expression, cel.Expression) and not expression.kind & conversion.kinds:
+        message = f"{column} is {kind}, which takes {conversion.kinds.title}, not {expression.kind.title}"
+        way_out = ": use string()" if kind == ColumnType.TEXT else ""
+        yield Problem(path, "WrongType", message + way_out)
+
+
+def _check_several_partitions(definition: Definition) -> Iterator[Problem]:
+    """Refuse what depends on an order that events of several partitions don't have."""
+    cause = "several streams feed a row" if len(definition.streams) > 1 else "the key is not the subject"
+    why = f"{cause}, so its events come from several partitions, which have no common order"
+    used: dict[str, str] = {}
+    for position, rule in enumerate(definition.fold):
+        path = f"spec.fold[{position}]"
+        if rule.delete:
+            yield Problem(
+                f"{path}.delete",
+                "NeedsOnePartition",
+                f"{why}: set a column such as `deleted` instead, or use one stream with key: subject",
+            )
+        for operation, assignments in (("set", rule.set), ("add", rule.add)):
+            for column in assignments:
+                if used.setdefault(column, operation) != operation:
+                    message = f"{why}: {column} takes either set or add in all rules, use two columns"
+                    yield Problem(f"{path}.{operation}.{column}", "NeedsOnePartition", message)
+
+
+def _compiled(path: str, source: str) -> cel.Expression | Problem:
+    try:
+        return cel.check(source)
+    except cel.CelError as error:
+        return Problem(path, "InvalidExpression", error.message, error.line, error.column)
+
+
+def _malformed(details: ErrorDetails) -> Problem:
+    """Return pydantic's error as a problem."""
+    path = "spec" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in details["loc"])
+    message = details["msg"]
+    if details["type"] == "string_type":
+        message += ": write expressions and names in quotes"
+    elif details["type"] == "extra_forbidden":
+        message = "there is no such field: correct its name or remove it"
+    elif details["type"] == "string_pattern_mismatch":
+        message += ": lower-case letters, digits and _, beginning with a letter, at most 40 characters"
+    return Problem(path, "InvalidField", message)
 
 
 def version_of(
@@ -151,7 +273,7 @@ def version_of(
     # Only what differs from its default counts, so that fields added later don't rename the versions of today.
     content = definition.model_dump(mode="json", exclude_defaults=True)
     content["streams"] = [[ref.namespace, ref.name, ref.incarnation] for ref in streams]
-    content["columns"] = sorted(([column.name, column.type.value] for column in definition.columns))
+    content["columns"] = sorted([column.name, column.type.value] for column in definition.columns)
     content["readStore"] = read_store
     content["rebuild"] = rebuild
     return hashlib.sha256(msgspec.json.encode(content, order="deterministic")).hexdigest()[:8]

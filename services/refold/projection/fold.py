@@ -8,30 +8,41 @@ How the projector uses it, once per transaction:
     batch.changes                                            # {key: RowChange}: one upsert or delete each
     batch.parked                                             # [ParkedEvent]: to be written in the same transaction
 
-A batch whose transaction failed is thrown away; `fold` itself holds no state.
+A batch whose transaction failed is thrown away; `fold` itself holds no state. A row that the read store refuses (a sum
+beyond 64 bits) is found by folding smaller batches; its key then goes into `Parked.rows`, and its event comes back in
+`batch.parked`.
 
 How a `RowChange` becomes SQL (`old` is the row before, which the fold never needs to know):
 
     not exists_after                      delete
     exists_after and deleted_first        the new row is `set`, all other columns NULL (`add` is empty)
-    exists_after and not deleted_first    column in `set`: that value; in `add`: coalesce(old, 0) + value; else old or NULL
+    exists_after and not deleted_first    a column in `set` takes that value, one in `add` coalesce(old, 0) + value, the
+                                          others keep theirs, which is NULL where there was no row
 
 A row fed by several partitions (`not fold.single_partition`) is never deleted, and each of its set columns has a stamp
 in `stamps`: the column takes the value only where the stamp is greater than the one kept beside it (or none is kept).
+Stamps compare as (recorded_at, incarnation in byte order, partition, position).
+
+For each event type one Python function is generated. It evaluates all conditions and values before it touches a row,
+so an event's effect on a row is all or nothing. Where anything fails, `Batch._explain` evaluates the event again in the
+exact form of its expressions, and applies it after all or parks it.
 """
 
 import datetime as dt
-from collections.abc import Iterable
-from decimal import Decimal
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, Inexact, InvalidOperation, Overflow
 from typing import NamedTuple
 
 import msgspec
 
 from refold.events import Event
-from refold.projection.definition import Definition
+from refold.projection import cel
+from refold.projection.definition import Definition, FoldRule, InvalidDefinitionError, check, single_partition
+from refold.projection.values import CONVERSIONS, Value, to_key, to_keys
 
-#: A column's value: text, integer (int64), numeric (int or Decimal), boolean, timestamp (aware), json (its text), NULL.
-Value = str | int | Decimal | bool | dt.datetime | None
+#: Sums of numeric values (at most 100 digits before and 199 after the point) never need more than this.
+_SUM = Context(prec=400, Emax=MAX_EMAX, Emin=MIN_EMIN, traps=[Inexact, InvalidOperation, Overflow])
 
 
 class Stamp(NamedTuple):
@@ -73,26 +84,95 @@ class Parked(msgspec.Struct):
     subjects: set[tuple[str, int, str]] = msgspec.field(default_factory=set)
 
 
-class Batch:
-    """The events of one transaction, folded to one change a row."""
-
-    def __init__(self, parked: Parked) -> None:
-        self.changes: dict[str, RowChange] = {}
-        self.parked: list[ParkedEvent] = []
-
-    def fold(self, incarnation: str, events: Iterable[Event]) -> None:
-        """Fold `events` of the stream `incarnation`; those of one partition in order of position."""
-        raise NotImplementedError
+#: What a generated module makes for a batch: by event type, the fold of an event and the effect of its values on a row.
+_Handlers = tuple[Callable[[Event], None], Callable[..., None]]
 
 
 class Fold:
-    """A compiled definition, free of state."""
+    """A compiled definition, free of state. `single_partition`: whether each row is fed by one partition only."""
 
-    single_partition: bool
+    def __init__(self, definition: Definition) -> None:
+        self.definition = definition
+        self.single_partition = single_partition(definition)
+        self._plan = _Plan(definition, single=self.single_partition)
 
-    def batch(self, parked: Parked | None = None) -> Batch:
-        """Return an empty batch that respects what is `parked` (which is read only)."""
-        raise NotImplementedError
+    def batch(self, parked: Parked | None = None) -> "Batch":
+        """Return an empty batch that respects what is `parked`, which is read only."""
+        return Batch(self._plan, parked or Parked())
+
+
+class Batch:
+    """The events of one transaction, folded to one change a row.
+
+    `changes` holds them by key, `parked` the events that had no effect on a row and are to be parked, in order.
+    """
+
+    def __init__(self, plan: "_Plan", parked: Parked) -> None:
+        self.changes: dict[str, RowChange] = {}
+        self.parked: list[ParkedEvent] = []
+        self._plan = plan
+        self._parked = Parked(set(parked.rows), set(parked.subjects))
+        self._handlers: dict[str, dict[str, _Handlers]] = {}
+
+    def fold(self, incarnation: str, events: Iterable[Event]) -> None:
+        """Fold `events` of the stream `incarnation`; those of one partition in order of position."""
+        handlers = self._handlers.get(incarnation)
+        if handlers is None:
+            handlers = self._plan.bind(self.changes, self._parked, incarnation)
+            self._handlers[incarnation] = handlers
+        for event in events:
+            handler = handlers.get(event.type)
+            if handler is None:
+                continue
+            try:
+                handler[0](event)
+            except cel.FAILURES:
+                self._explain(incarnation, event, handler[1])
+
+    def _explain(self, incarnation: str, event: Event, apply: Callable[..., None]) -> None:
+        """Fold an event whose fast function failed: apply it after all, or park it with the reason."""
+        plan = self._plan.types[event.type]
+        failure: str | None = None
+        data = metadata = None
+        conditions: list[bool] = []
+        try:
+            data, metadata = plan.decode(event)
+            conditions = [rule.condition(event, data, metadata) for rule in plan.rules]
+            if not any(conditions):
+                return
+        except cel.FAILURES as error:
+            failure = _reason(error)
+
+        subject = (incarnation, event.partition, event.subject)
+        if subject in self._parked.subjects:
+            self._park(incarnation, event, None, "follows an event of its subject that is parked")
+            return
+        try:
+            keys = self._plan.keys(event, data, metadata)
+        except cel.FAILURES as error:
+            self._parked.subjects.add(subject)
+            self._park(incarnation, event, None, f"key: {_reason(error)}" if failure is None else failure)
+            return
+
+        values: list[Value] = []
+        if failure is None:
+            try:
+                for rule, applies in zip(plan.rules, conditions, strict=True):
+                    values += rule.values(event, data, metadata) if applies else rule.nothing
+            except cel.FAILURES as error:
+                failure = _reason(error)
+        for key in keys:
+            row = (incarnation, event.partition, key)
+            if row in self._parked.rows:
+                self._park(incarnation, event, key, failure or "follows an event of its row that is parked")
+            elif failure is not None:
+                self._parked.rows.add(row)
+                self._park(incarnation, event, key, failure)
+            else:
+                apply(event, key, *conditions, *values)
+
+    def _park(self, incarnation: str, event: Event, key: str | None, error: str) -> None:
+        self.parked.append(ParkedEvent(incarnation, event, key, error))
 
 
 def compile_fold(definition: Definition) -> Fold:
@@ -101,4 +181,262 @@ def compile_fold(definition: Definition) -> Fold:
     Raises:
         InvalidDefinitionError: `check` finds problems.
     """
-    raise NotImplementedError
+    if problems := check(definition):
+        raise InvalidDefinitionError(problems)
+    return Fold(definition)
+
+
+def total(one: int | Decimal, other: int | Decimal) -> int | Decimal:
+    """Return the exact sum of two values of a numeric column."""
+    if type(one) is int and type(other) is int:
+        return one + other
+    return _SUM.add(one, other)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, cel.EvaluationError) else f"{type(error).__name__}: {error}"
+
+
+@dataclass(frozen=True)
+class _Effect:
+    """One column of one rule: `operation` is set or add."""
+
+    path: str
+    operation: str
+    column: str
+    expression: cel.Expression
+    convert: Callable[[object], Value]
+
+
+class _RulePlan:
+    """A rule with its expressions checked."""
+
+    def __init__(self, position: int, rule: FoldRule, types: Mapping[str, str]) -> None:
+        path = f"fold[{position}]"
+        self.delete = rule.delete
+        self.when = None if rule.when is None else cel.check(rule.when, prefix=f"w{position}_")
+        self.effects: list[_Effect] = []
+        for operation, assignments in (("set", rule.set), ("add", rule.add)):
+            for column, source in assignments.items():
+                conversion = CONVERSIONS[types[column]]
+                convert = conversion.set if operation == "set" else conversion.add
+                assert convert is not None
+                expression = cel.check(source, prefix=f"e{position}_{len(self.effects)}_")
+                self.effects.append(_Effect(f"{path}.{operation}.{column}", operation, column, expression, convert))
+        self.nothing: list[Value] = [None] * len(self.effects)
+        self._when = None if self.when is None else cel.python_function(self.when, self.when.exact)
+        self._exact = [cel.python_function(effect.expression, effect.expression.exact) for effect in self.effects]
+        self._path = path
+
+    @property
+    def expressions(self) -> list[cel.Expression]:
+        own = [effect.expression for effect in self.effects]
+        return own if self.when is None else [self.when, *own]
+
+    def condition(self, event: Event, data: object, metadata: object) -> bool:
+        """Return whether the rule applies, with an error that names it."""
+        if self._when is None:
+            return True
+        try:
+            result = self._when(event, data, metadata)
+            if result is True or result is False:
+                return result
+        except cel.FAILURES as error:
+            raise cel.EvaluationError(f"{self._path}.when: {_reason(error)}") from error
+        raise cel.EvaluationError(f"{self._path}.when: expected true or false, not {cel.describe(result)}")
+
+    def values(self, event: Event, data: object, metadata: object) -> list[Value]:
+        """Return the columns' values in order, with an error that names the column."""
+        found: list[Value] = []
+        for effect, exact in zip(self.effects, self._exact, strict=True):
+            try:
+                found.append(effect.convert(exact(event, data, metadata)))
+            except cel.FAILURES as error:
+                raise cel.EvaluationError(f"{effect.path}: {_reason(error)}") from error
+        return found
+
+
+class _TypePlan:
+    """The rules of one event type."""
+
+    def __init__(self, rules: list[_RulePlan], key: cel.Expression) -> None:
+        self.rules = rules
+        expressions = [key, *(expression for rule in rules for expression in rule.expressions)]
+        self.uses_data = any(expression.uses_data for expression in expressions)
+        self.uses_metadata = any(expression.uses_metadata for expression in expressions)
+
+    def decode(self, event: Event) -> tuple[object, object]:
+        """Return the event's data and metadata as far as they are needed."""
+        try:
+            data = decode(event.data) if self.uses_data else None
+            metadata = decode(event.metadata) if self.uses_metadata and event.metadata is not None else {}
+        except cel.FAILURES as error:
+            raise cel.EvaluationError(f"the event's data or metadata can't be read: {error}") from error
+        return data, metadata
+
+
+#: JSON to values: numbers with a fraction or an exponent become Decimal, so that nothing is lost.
+decode = msgspec.json.Decoder(float_hook=Decimal).decode
+
+
+class _Plan:
+    """All that is known before an event comes, and the Python that is generated from it."""
+
+    def __init__(self, definition: Definition, *, single: bool) -> None:
+        self.single = single
+        key = cel.check(definition.key, prefix="k")
+        self.key = key
+        self._exact_key = cel.python_function(key, key.exact)
+        types = {column.name: column.type.value for column in definition.columns}
+        rules: dict[str, list[_RulePlan]] = {}
+        for position, rule in enumerate(definition.fold):
+            rules.setdefault(rule.type, []).append(_RulePlan(position, rule, types))
+        self.types = {name: _TypePlan(found, key) for name, found in rules.items()}
+        self._bind = self._generate()
+
+    def keys(self, event: Event, data: object, metadata: object) -> list[str]:
+        """Return the keys of the rows that the event goes to."""
+        return to_keys(self._exact_key(event, data, metadata))
+
+    def bind(self, changes: dict[str, RowChange], parked: Parked, incarnation: str) -> dict[str, _Handlers]:
+        """Return the generated functions by event type, bound to a batch."""
+        functions = self._bind(changes, parked.rows, parked.subjects, incarnation)
+        return dict(zip(self.types, functions, strict=True))
+
+    def _generate(self) -> Callable[..., list[_Handlers]]:
+        namespace: dict[str, object] = {
+            **cel.HELPERS,
+            **self.key.constants,
+            "_decode": decode,
+            "_to_key": to_key,
+            "_to_keys": to_keys,
+            "_total": total,
+            "_row": RowChange,
+            "_stamp": Stamp,
+            "_parked_error": _ParkedError,
+        }
+        source = _Source()
+        source.line("def bind(rows, parked_rows, parked_subjects, incarnation):")
+        with source:
+            for number, plan in enumerate(self.types.values()):
+                for rule in plan.rules:
+                    for expression in rule.expressions:
+                        namespace.update(expression.constants)
+                    for effect in rule.effects:
+                        namespace[f"_{effect.convert.__name__}"] = effect.convert
+                self._write_apply(source, number, plan)
+                self._write_fold(source, number, plan)
+            functions = ", ".join(f"(fold{number}, apply{number})" for number in range(len(self.types)))
+            source.line(f"return [{functions}]")
+        # The source holds nothing of the user's but names and literals that parser and emitter have read and written.
+        exec(compile(source.text, "<fold>", "exec"), namespace)  # noqa: S102
+        return namespace["bind"]  # type: ignore[return-value]
+
+    def _write_fold(self, source: "_Source", number: int, plan: _TypePlan) -> None:
+        """Write the function that evaluates an event of one type, and applies it."""
+        conditions, values = _locals(plan)
+        source.line(f"def fold{number}(event):")
+        with source:
+            if plan.uses_data:
+                source.line("data = _decode(event.data)")
+            if plan.uses_metadata:
+                source.line("metadata = {} if event.metadata is None else _decode(event.metadata)")
+            for rule, condition in zip(plan.rules, conditions, strict=True):
+                source.line(f"{condition} = {'True' if rule.when is None else f'_boolean({rule.when.fast})'}")
+            if all(rule.when is not None for rule in plan.rules):
+                source.line(f"if not ({' or '.join(conditions)}): return")
+            many = self.key.kind != cel.Kind.STRING
+            if self.key.fast == "event.subject":
+                source.line("key = event.subject")
+            elif many:
+                source.line(f"keys = _to_keys({self.key.fast})")
+            else:
+                source.line(f"key = _to_key({self.key.fast})")
+            source.line("if parked_subjects and (incarnation, event.partition, event.subject) in parked_subjects:")
+            source.line("    raise _parked_error")
+            source.line("if parked_rows:")
+            with source:
+                source.line(f"for key in {'keys' if many else '(key,)'}:")
+                source.line("    if (incarnation, event.partition, key) in parked_rows: raise _parked_error")
+            names = iter(values)
+            for rule, condition in zip(plan.rules, conditions, strict=True):
+                for effect in rule.effects:
+                    value = f"_{effect.convert.__name__}({effect.expression.fast})"
+                    value = value if rule.when is None else f"{value} if {condition} else None"
+                    source.line(f"{next(names)} = {value}")
+            call = f"apply{number}({', '.join(['event', 'key', *conditions, *values])})"
+            source.line(f"for key in keys: {call}" if many else call)
+
+    def _write_apply(self, source: "_Source", number: int, plan: _TypePlan) -> None:
+        """Write the function that puts an event's values into its row's change."""
+        conditions, values = _locals(plan)
+        source.line(f"def apply{number}({', '.join(['event', 'key', *conditions, *values])}):")
+        with source:
+            source.line("row = rows.get(key)")
+            source.line("if row is None: row = rows[key] = _row(key)")
+            source.line("new, sums = row.set, row.add")
+            if not self.single:
+                source.line("stamp = _stamp(event.time, incarnation, event.partition, event.position)")
+                source.line("stamps = row.stamps")
+            names = iter(values)
+            for rule, condition in zip(plan.rules, conditions, strict=True):
+                source.line(f"if {condition}:")
+                with source:
+                    self._write_rule(source, rule, names)
+
+    def _write_rule(self, source: "_Source", rule: _RulePlan, names: Iterable[str]) -> None:
+        if rule.delete:
+            source.line("row.deleted_first, row.exists_after = True, False")
+            source.line("new.clear(); sums.clear()")
+            return
+        if self.single:
+            source.line("row.exists_after = True")
+            adds = [effect.column for effect in rule.effects if effect.operation == "add"]
+            if adds:
+                source.line("fresh = row.deleted_first")
+        for effect, value in zip(rule.effects, names, strict=False):
+            column = repr(effect.column)
+            if effect.operation == "add":
+                if self.single:
+                    source.line(f"if fresh or {column} in new: new[{column}] = _total(new.get({column}) or 0, {value})")
+                    source.line(f"elif {column} in sums: sums[{column}] = _total(sums[{column}], {value})")
+                else:
+                    source.line(f"if {column} in sums: sums[{column}] = _total(sums[{column}], {value})")
+                source.line(f"else: sums[{column}] = {value}")
+            elif self.single:
+                source.line(f"new[{column}] = {value}")
+                source.line(f"if sums: sums.pop({column}, None)")
+            else:
+                source.line(f"if {column} not in stamps or stamp >= stamps[{column}]:")
+                source.line(f"    new[{column}] = {value}; stamps[{column}] = stamp")
+
+
+def _locals(plan: _TypePlan) -> tuple[list[str], list[str]]:
+    """Return the names of the conditions, one a rule, and of the values, one an effect."""
+    effects = sum(len(rule.effects) for rule in plan.rules)
+    return [f"when{n}" for n in range(len(plan.rules))], [f"value{n}" for n in range(effects)]
+
+
+class _ParkedError(ValueError):
+    """Leads a generated function's event, whose row or subject is parked, to `Batch._explain`."""
+
+
+class _Source:
+    """Python source being written; `with source:` indents."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._indent = 0
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self._lines)
+
+    def line(self, text: str) -> None:
+        self._lines.append("    " * self._indent + text)
+
+    def __enter__(self) -> None:
+        self._indent += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._indent -= 1

@@ -1,0 +1,160 @@
+"""From an expression's value to a column's: what each column type takes, and in which bounds.
+
+A value beyond them would be refused by the read store together with its whole batch; refused here it is one bad event.
+null is NULL in every column. Every function raises EvaluationError.
+"""
+
+import datetime as dt
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from typing import NamedTuple
+
+import msgspec
+
+from refold.projection.cel.errors import EvaluationError
+from refold.projection.cel.kinds import Kind
+from refold.projection.cel.runtime import EXACT, show, to_string, to_timestamp, whole
+
+#: A column's value: text, integer, numeric, boolean, timestamp (aware), json (its text), NULL.
+Value = str | int | Decimal | bool | dt.datetime | None
+
+_INTEGER_MIN, _INTEGER_MAX = -(2**63), 2**63 - 1
+#: The longest key of a row, in bytes of UTF-8, and the most rows that one event may key.
+MAX_KEY_BYTES = 512
+MAX_KEYS = 1_000
+# A backslash that is itself escaped comes in pairs, so an odd one begins the escape.
+_NUL_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+
+def to_text(value: object) -> str | None:
+    """Return the value of a text column."""
+    if type(value) is str:
+        if "\0" in value:
+            raise EvaluationError("a text can't hold the character NUL (\\0)")
+        return value
+    if value is None:
+        return None
+    raise EvaluationError(f"a text column takes a string, not {show(value)}: use string()")
+
+
+def to_integer(value: object) -> int | None:
+    """Return the value of an integer column: whole, of 64 bits."""
+    if value is None:
+        return None
+    if type(value) is int or type(value) is Decimal:
+        number = whole(value)
+        if _INTEGER_MIN <= number <= _INTEGER_MAX:
+            return number
+        raise EvaluationError(f"{show(value)} is beyond an integer column's 64 bits: use a numeric column")
+    raise EvaluationError(f"an integer column takes a number, not {show(value)}")
+
+
+def to_numeric(value: object) -> int | Decimal | None:
+    """Return the value of a numeric column: below 10^100, at most 199 digits after the point and 200 in all."""
+    if value is None:
+        return None
+    if type(value) is int or type(value) is Decimal:
+        try:
+            return value if type(value) is int and -(10**30) < value < 10**30 else EXACT.add(value, 0)
+        except ArithmeticError:
+            raise EvaluationError(f"{show(value)} has more digits than a numeric column keeps") from None
+    raise EvaluationError(f"a numeric column takes a number, not {show(value)}")
+
+
+def to_boolean(value: object) -> bool | None:
+    """Return the value of a boolean column."""
+    if value is None or type(value) is bool:
+        return value
+    raise EvaluationError(f"a boolean column takes true or false, not {show(value)}")
+
+
+def to_moment(value: object) -> dt.datetime | None:
+    """Return the value of a timestamp column: of a timestamp or a text in RFC 3339, cut to microseconds."""
+    if value is None:
+        return None
+    if type(value) is dt.datetime or type(value) is str:
+        return to_timestamp(value)
+    raise EvaluationError(f"a timestamp column takes a timestamp or its text, not {show(value)}")
+
+
+def to_json(value: object) -> str | None:
+    """Return the value of a json column as JSON text; timestamps and durations are written as string() writes them."""
+    if value is None:
+        return None
+    try:
+        text = _encoder.encode(_plain(value)).decode()
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise EvaluationError(f"the value can't be written as JSON: {error}") from error
+    if "\\u0000" in text and _NUL_ESCAPE.search(text):
+        raise EvaluationError("a json column can't hold the character NUL (\\0)")
+    return text
+
+
+def to_addend(value: object) -> int | Decimal:
+    """Return what a numeric column is added."""
+    number = to_numeric(value)
+    if number is None:
+        raise EvaluationError("null can't be added: guard it, like has(data.x) ? data.x : 0")
+    return number
+
+
+def to_integer_addend(value: object) -> int:
+    """Return what an integer column is added."""
+    number = to_integer(value)
+    if number is None:
+        raise EvaluationError("null can't be added: guard it, like has(data.x) ? data.x : 0")
+    return number
+
+
+def to_key(value: object) -> str:
+    """Return a row's key: 1 to 512 bytes of UTF-8 without NUL."""
+    if type(value) is not str:
+        raise EvaluationError(f"a key is a string, not {show(value)}: use string()")
+    if not value:
+        raise EvaluationError("a key can't be empty")
+    if len(value) > MAX_KEY_BYTES or len(value.encode()) > MAX_KEY_BYTES:
+        raise EvaluationError(f"a key has at most {MAX_KEY_BYTES} bytes, this one has {len(value.encode())}")
+    if "\0" in value:
+        raise EvaluationError("a key can't hold the character NUL (\\0)")
+    return value
+
+
+def to_keys(value: object) -> list[str]:
+    """Return the keys of the rows that an event goes to, each once: of one key or a list of keys."""
+    if type(value) is not list:
+        return [to_key(value)]
+    if len(value) > MAX_KEYS:
+        raise EvaluationError(f"one event keys at most {MAX_KEYS} rows, not {len(value)}")
+    return list(dict.fromkeys(to_key(item) for item in value))
+
+
+def _plain(value: object) -> object:
+    """Return `value` with timestamps and durations as text: msgspec would write them in forms of its own."""
+    if type(value) is list:
+        return [_plain(item) for item in value]
+    if type(value) is dict:
+        return {key: _plain(item) for key, item in value.items()}
+    return to_string(value) if type(value) is dt.datetime or type(value) is dt.timedelta else value
+
+
+_encoder = msgspec.json.Encoder(decimal_format="number")
+
+
+class Conversion(NamedTuple):
+    """What a column type takes: the kinds that an expression may have, and the functions for `set` and `add`."""
+
+    kinds: Kind
+    set: Callable[[object], Value]
+    add: Callable[[object], int | Decimal] | None = None
+
+
+#: By column type.
+CONVERSIONS = {
+    "text": Conversion(Kind.STRING | Kind.NULL, to_text),
+    "integer": Conversion(Kind.NUMBER | Kind.NULL, to_integer, to_integer_addend),
+    "numeric": Conversion(Kind.NUMBER | Kind.NULL, to_numeric, to_addend),
+    "boolean": Conversion(Kind.BOOL | Kind.NULL, to_boolean),
+    "timestamp": Conversion(Kind.TIMESTAMP | Kind.STRING | Kind.NULL, to_moment),
+    "json": Conversion(Kind.ANY, to_json),
+}
