@@ -9,7 +9,7 @@ if docker image inspect "$KIND_NODE_IMAGE" >/dev/null 2>&1; then
   echo "$KIND_NODE_IMAGE"
   exit 0
 fi
-built=refold/node:v$KUBERNETES-$(cd "$HERE" && content_key node build node-image.sh)
+built=refold/node:v$KUBERNETES-$(cd "$HERE" && content_key node build/{kubernetes,etcd,coredns,pause})
 if docker image inspect "$built" >/dev/null 2>&1; then
   echo "$built"
   exit 0
@@ -24,12 +24,11 @@ if registry_in_reach; then
 fi
 
 "$HERE/base-image.sh"
-say "building Kubernetes $KUBERNETES from its Go modules (5 to 7 min once)"
-kubernetes=$("$HERE/build/build.sh" kubernetes k8s.io/kubernetes/cmd/{kube-apiserver,kube-controller-manager,kube-scheduler,kube-proxy,kubelet,kubeadm,kubectl})
-say "building etcd $ETCD and CoreDNS $COREDNS from their Go modules (90 s once)"
-etcd=$("$HERE/build/build.sh" etcd .)
-coredns=$("$HERE/build/build.sh" coredns .)
-pause=$("$HERE/build/build.sh" pause .)
+kubernetes=$("$HERE/build/build.sh" kubernetes "building Kubernetes $KUBERNETES from its Go modules (5 to 7 min once)" \
+  k8s.io/kubernetes/cmd/{kube-apiserver,kube-controller-manager,kube-scheduler,kube-proxy,kubelet,kubeadm,kubectl})
+etcd=$("$HERE/build/build.sh" etcd "building etcd $ETCD from its Go modules (30 s once)" .)
+coredns=$("$HERE/build/build.sh" coredns "building CoreDNS $COREDNS from its Go modules (60 s once)" .)
+pause=$("$HERE/build/build.sh" pause "building the pause command (1 s once)" .)
 
 say "building the node image $built (40 s once)"
 work=$(mktemp -d)

@@ -8,8 +8,8 @@ set -euo pipefail
 # tool NAME LEAST HAVE MODULE PACKAGE TIME: builds a tool unless the version on the PATH, HAVE, is LEAST or later
 tool() {
   at_least "$3" "$2" && return
-  say "building $1 from its Go modules, since the machine has ${3:-none} ($6)"
-  ln -sf "$("$HERE/build/build.sh" "$4" "$5")/$1" "$REFOLD_CACHE/bin/$1"
+  local message="building $1 from its Go modules, since the machine has ${3:-none} ($6)"
+  ln -sf "$("$HERE/build/build.sh" "$4" "$message" "$5")/$1" "$REFOLD_CACHE/bin/$1"
 }
 
 tool kind "$KIND_LEAST" "$(kind version -q 2>/dev/null || true)" kind sigs.k8s.io/kind "45 s once"

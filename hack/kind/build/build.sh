@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# build.sh MODULE PACKAGE...: builds Go commands at the versions that build/MODULE/go.mod pins into a folder of the cache
-# named after the module's contents, if they aren't there. Prints that folder. A command is named as its package's folder.
+# build.sh MODULE MESSAGE PACKAGE...: builds Go commands at the versions that build/MODULE/go.mod pins into a folder of the
+# cache named after the module's contents, if they aren't there; says MESSAGE before it does. Prints that folder. A command
+# is named as its package's folder.
 set -euo pipefail
 # shellcheck source=../common.sh
 . "$(dirname "$0")/../common.sh"
 
 module=$1
-shift
+message=$2
+shift 2
 cd "$HERE/build/$module"
 out=$REFOLD_CACHE/build/$module-$(content_key .)
 missing=()
@@ -16,6 +18,7 @@ for package in "$@"; do
   [ -x "$out/$name" ] || missing+=("$package")
 done
 if [ ${#missing[@]} -gt 0 ]; then
+  say "$message"
   go=$("$HERE/build/go.sh")
   flags=(-s -w)
   if [ "$module" = kubernetes ]; then
