@@ -1,0 +1,70 @@
+"""One result, one JSON line: what was measured beside its limit, in pairs that ran by turns on the same servers."""
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+#: A limit slower than this share of its usual rate says that the machine was busy: the row is void.
+_VOID_BELOW = 0.7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run: its rate, and the latency of each operation in ms where that was measured."""
+
+    events_per_s: float
+    latencies_ms: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What to measure, beside which limit. `usual` is the limit's known rate in events/s on this kind of machine."""
+
+    workload: str
+    params: dict[str, Any]
+    measured: Callable[[], Run]
+    limit: Callable[[], Run]
+    limit_name: str
+    usual: float | None = None
+
+    def line(self, runs: int) -> dict[str, Any]:
+        """Run both by turns, `runs` times, and return the result; the ratio is the median of the pairs' ratios."""
+        pairs = [(self.measured(), self.limit()) for _ in range(runs)]
+        rates = [ours.events_per_s for ours, _ in pairs]
+        limits = [limit.events_per_s for _, limit in pairs]
+        latencies = sorted(value for ours, _ in pairs for value in ours.latencies_ms)
+        limit_latencies = [value for _, limit in pairs for value in limit.latencies_ms]
+        result: dict[str, Any] = {
+            "workload": self.workload,
+            "params": self.params,
+            "events_per_s": {
+                "min": round(min(rates)), "median": round(statistics.median(rates)), "max": round(max(rates)),
+            },
+            "p50_ms": percentile(latencies, 0.5),
+            "p99_ms": percentile(latencies, 0.99),
+            "limit": {
+                "name": self.limit_name,
+                "events_per_s": round(statistics.median(limits)),
+                "p50_ms": percentile(sorted(limit_latencies), 0.5),
+            },
+            "ratio": round(statistics.median(ours / limit for ours, limit in zip(rates, limits, strict=True)), 3),
+        }  # fmt: skip
+        if self.usual and statistics.median(limits) < _VOID_BELOW * self.usual:
+            result["void"] = (
+                f"the limit reached less than {_VOID_BELOW} of its usual {self.usual:.0f}/s: a busy machine"
+            )
+        return result
+
+
+def percentile(ordered: list[float], share: float) -> float | None:
+    """Return the value below which `share` of the ordered values lie; None where there are none."""
+    if not ordered:
+        return None
+    return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 3)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print a result as its JSON line."""
+    print(json.dumps(result), flush=True)
