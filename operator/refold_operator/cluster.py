@@ -3,7 +3,6 @@
 The objects are dictionaries as the API has them; what is made is a manifest of `children`.
 """
 
-import asyncio
 import datetime as dt
 import json
 from collections.abc import Mapping, Sequence
@@ -96,7 +95,7 @@ class Cluster:
         try:
             await self._request("POST", manifest["kind"], manifest["metadata"]["namespace"], body=manifest)
         except RefusedError as error:
-            if error.status == 409:  # noqa: PLR2004
+            if error.status == 409:
                 return False
             raise
         return True
@@ -158,9 +157,7 @@ class Cluster:
         root, plural = _PATHS[kind]
         path = root if namespace is None else f"{root}/namespaces/{quote(namespace)}"
         path = f"{path}/{plural}" if name is None else f"{path}/{plural}/{quote(name)}"
-        return await self._call(
-            method, path, query=query, body=body, content_type=content_type, missing_ok=missing_ok
-        )
+        return await self._call(method, path, query=query, body=body, content_type=content_type, missing_ok=missing_ok)
 
     async def _call(
         self,
@@ -181,11 +178,11 @@ class Cluster:
             )  # fmt: skip
             response = await self._api.call_api(*serialized, _request_timeout=_TIMEOUT_SECONDS)
             data = await response.read()
-        except (aiohttp.ClientError, TimeoutError, asyncio.TimeoutError, OSError, ApiException) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, ApiException) as error:
             raise UnreachableError("the Kubernetes API", f"{type(error).__name__}: {error}") from error
-        if missing_ok and response.status == 404:  # noqa: PLR2004
+        if missing_ok and response.status == 404:
             return None
-        if response.status >= 300:  # noqa: PLR2004
+        if response.status >= 300:
             raise _failure(response.status, f"{method} {path.partition('?')[0]}", data)
         answer: Object = json.loads(data)
         return answer
@@ -197,7 +194,7 @@ def _failure(status: int, asked: str, data: bytes) -> Exception:
         answer = str(json.loads(data).get("message", ""))
     except (ValueError, AttributeError):
         answer = data[:200].decode(errors="replace")
-    if status == 429 or status >= 500:  # noqa: PLR2004
+    if status == 429 or status >= 500:
         return UnreachableError("the Kubernetes API", f"{asked}: {status} {answer}")
     return RefusedError(status, asked, answer)
 
@@ -205,8 +202,8 @@ def _failure(status: int, asked: str, data: bytes) -> Exception:
 def covers(live: Any, wanted: Any) -> bool:
     """Tell whether `live` has all that `wanted` says: dictionaries by their keys, everything else as it is.
 
-    Lists must have the same length, each item covered by the one at its place. Where the API server writes a value another
-    way (quantities), the answer is False, which costs an apply that changes nothing.
+    Lists must have the same length, each item covered by the one at its place. Where the API server writes a value
+    another way (quantities), the answer is False, which costs an apply that changes nothing.
     """
     if isinstance(wanted, Mapping):
         return isinstance(live, Mapping) and all(name in live and covers(live[name], wanted[name]) for name in wanted)

@@ -1,7 +1,7 @@
 """Passwords of the logins that the operator makes.
 
-Each is derived from one random key of the installation (the Secret `refold-operator-key` in the operator's namespace) and the
-login's name. So a Secret that was deleted is made again with the same content, running processes keep their
+Each is derived from one random key of the installation (the Secret `refold-operator-key` in the operator's namespace)
+and the login's name. So a Secret that was deleted is made again with the same content, running processes keep their
 connections, nothing has to be read back, and a new key changes all passwords at once.
 """
 

@@ -20,5 +20,5 @@ def check(dsn: str) -> None:
 
 def login(admin_dsn: str, user: str, password: str) -> str:
     """Return the DSN of `user` to the same database as `admin_dsn`."""
-    parts = {name: value for name, value in conninfo_to_dict(admin_dsn).items() if name in _KEPT and value is not None}
-    return make_conninfo(**parts, user=user, password=password)
+    parts = {name: str(value) for name, value in conninfo_to_dict(admin_dsn).items() if name in _KEPT}
+    return make_conninfo(**{**parts, "user": user, "password": password})

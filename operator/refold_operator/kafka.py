@@ -64,7 +64,12 @@ class Kafka:
         self._system = f"Kafka at {bootstrap}"
         # A closed idle connection isn't worth a log line; errors come with each answer.
         self._admin = AdminClient(
-            {"bootstrap.servers": bootstrap, "client.id": "refold-operator", "log_level": 2, "reconnect.backoff.max.ms": 2000}
+            {
+                "bootstrap.servers": bootstrap,
+                "client.id": "refold-operator",
+                "log_level": 2,
+                "reconnect.backoff.max.ms": 2000,
+            }
         )
 
     async def cluster_id(self) -> str:

@@ -31,7 +31,7 @@ def conditions(
     generation: int,
     now: dt.datetime,
 ) -> list[dict[str, Any]]:
-    """Return `wanted` as in a status: `lastTransitionTime` is kept from `before` where the condition's status is the same."""
+    """Return `wanted` as in a status; `lastTransitionTime` stays that of `before` where the status is the same."""
     former = {condition["type"]: condition for condition in before}
     result = []
     for condition in wanted:

@@ -88,10 +88,10 @@ class WorkQueue:
         for key in list(self._failures):
             self.add(key)
 
-    async def now(self, key: Key) -> Outcome:
-        """Run `key` after its current run, if any, and return the outcome; the queue's own entry is left to come."""
+    async def now(self, key: Key, run: Reconcile) -> Outcome:
+        """Run something else for `key`, after its current run and before the next one."""
         async with self._locks.setdefault(key, asyncio.Lock()):
-            return await self._run(key)
+            return await self._run(key, run)
 
     async def work(self, workers: int) -> None:
         """Run keys as they become due, until cancelled."""
@@ -105,7 +105,7 @@ class WorkQueue:
             key = await self._next()
             lock = self._locks.setdefault(key, asyncio.Lock())
             async with lock:
-                outcome = await self._run(key)
+                outcome = await self._run(key, self._reconcile)
             if outcome.failed:
                 self._failures[key] = self._failures.get(key, 0) + 1
                 self.add(key, after=backoff(self._failures[key]) if outcome.again is None else outcome.again)
@@ -137,11 +137,11 @@ class WorkQueue:
             except TimeoutError:
                 pass
 
-    async def _run(self, key: Key) -> Outcome:
+    async def _run(self, key: Key, run: Reconcile) -> Outcome:
         try:
             with metrics.DURATION.labels(key.kind).time():
                 async with asyncio.timeout(RUN_SECONDS):
-                    outcome = await self._reconcile(key)
+                    outcome = await run(key)
         except Exception as error:  # noqa: BLE001 - the last guard: a defect in one resource must not stop the others
             _log.exception("reconcile failed unexpectedly", kind=key.kind, namespace=key.namespace, name=key.name)
             outcome = Outcome(failed=True, message=f"{type(error).__name__}: {error}")

@@ -1,0 +1,284 @@
+"""The Kubernetes objects that a Projection needs, as pure functions of what was decided.
+
+All pods meet the Pod Security Standard `restricted`, have a read-only root file system and no service account token.
+"""
+
+import base64
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from refold import names
+
+from refold_operator.cluster import API_VERSION
+from refold_operator.resources import Processes, Projection
+
+Manifest = dict[str, Any]
+
+MANAGED_BY = "app.kubernetes.io/managed-by"
+MANAGER = "refold-operator"
+#: Chooses what the operator made, in watches and lists.
+MANAGED = f"{MANAGED_BY}={MANAGER}"
+#: The labels that tell whose an object is.
+PROJECTION_LABEL = "refold.dev/projection"
+VERSION_LABEL = "refold.dev/version"
+COMPONENT_LABEL = "app.kubernetes.io/component"
+
+PORT = 8080
+_SECRET_HASH = "refold.dev/secret-hash"  # noqa: S105 - an annotation's name
+_USER = 65532
+# SIGTERM lets a process finish what it acknowledged: 25 s in refold.web.server, some more for what comes before it.
+_GRACE_SECONDS = 35
+_DEFAULT_RESOURCES = {
+    "projector": {"requests": {"cpu": "50m", "memory": "96Mi"}, "limits": {"memory": "512Mi"}},
+    "query": {"requests": {"cpu": "50m", "memory": "96Mi"}, "limits": {"memory": "384Mi"}},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """What all processes run."""
+
+    name: str
+    pull_policy: str
+
+
+def projector_secret(owner: Projection, version: str, *, store_dsn: str, readstore_dsn: str) -> Manifest:
+    """Return the Secret with the DSNs of one version's projectors."""
+    return _secret(
+        owner, names.projector_name(owner.metadata.name, version), _labels(owner, "projector", version),
+        {"store-dsn": store_dsn, "readstore-dsn": readstore_dsn},
+    )  # fmt: skip
+
+
+def query_secret(owner: Projection, *, readstore_dsn: str, token: str) -> Manifest:
+    """Return the Secret with the query service's DSN and the token that it asks for."""
+    return _secret(
+        owner, names.query_name(owner.metadata.name), _labels(owner, "query"),
+        {"readstore-dsn": readstore_dsn, "token": token},
+    )  # fmt: skip
+
+
+def projector(
+    owner: Projection,
+    version: str,
+    *,
+    image: Image,
+    kafka_bootstrap: str,
+    secret: Manifest,
+    replicas: int | None = None,
+) -> Manifest:
+    """Return the Deployment of one version's projectors, with `spec.projector.replicas` unless `replicas` is given."""
+    processes = owner.spec.projector
+    if replicas is not None:
+        processes = processes.model_copy(update={"replicas": replicas})
+    env = [
+        {"name": "REFOLD_PROJECTION", "value": f"{owner.metadata.namespace}/{owner.metadata.name}"},
+        {"name": "REFOLD_VERSION", "value": version},
+        {"name": "REFOLD_KAFKA_BOOTSTRAP", "value": kafka_bootstrap},
+        _from_secret("REFOLD_STORE_DSN", secret, "store-dsn"),
+        _from_secret("REFOLD_READSTORE_DSN", secret, "readstore-dsn"),
+        {"name": "REFOLD_PORT", "value": str(PORT)},
+    ]
+    return _deployment(
+        owner, names.projector_name(owner.metadata.name, version), "projector", _labels(owner, "projector", version),
+        processes=processes, image=image, env=env, secret=secret,
+    )  # fmt: skip
+
+
+def query(owner: Projection, *, image: Image, secret: Manifest) -> Manifest:
+    """Return the query service's Deployment."""
+    env = [
+        {"name": "REFOLD_PROJECTION", "value": f"{owner.metadata.namespace}/{owner.metadata.name}"},
+        _from_secret("REFOLD_READSTORE_DSN", secret, "readstore-dsn"),
+        _from_secret("REFOLD_TOKEN", secret, "token"),
+        {"name": "REFOLD_PORT", "value": str(PORT)},
+    ]
+    return _deployment(
+        owner, names.query_name(owner.metadata.name), "query", _labels(owner, "query"),
+        processes=owner.spec.query, image=image, env=env, secret=secret,
+    )  # fmt: skip
+
+
+def query_service(owner: Projection) -> Manifest:
+    """Return the Service of the query processes."""
+    labels = _labels(owner, "query")
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _metadata(owner, names.query_name(owner.metadata.name), labels),
+        "spec": {
+            "type": "ClusterIP",
+            "selector": _selector(labels),
+            "ports": [{"name": "http", "port": 80, "targetPort": "http", "protocol": "TCP"}],
+        },
+    }
+
+
+def url(owner: Projection) -> str:
+    """Return where the rows are read, inside the cluster."""
+    return f"http://{names.query_name(owner.metadata.name)}.{owner.metadata.namespace}.svc"
+
+
+def projector_selector(owner: Projection, version: str) -> str:
+    """Return the label selector of one version's projectors."""
+    labels = _selector(_labels(owner, "projector", version))
+    return ",".join(f"{name}={value}" for name, value in sorted(labels.items()))
+
+
+def owned_by(child: Mapping[str, Any], owner: Projection) -> bool:
+    """Tell whether `child` is controlled by `owner`."""
+    references = child["metadata"].get("ownerReferences", [])
+    return any(reference["uid"] == owner.metadata.uid and reference.get("controller") for reference in references)
+
+
+def installation_secret(namespace: str, name: str, data: Mapping[str, bytes | str]) -> Manifest:
+    """Return a Secret of the installation itself, in the operator's namespace."""
+    labels = {
+        "app.kubernetes.io/name": "refold",
+        "app.kubernetes.io/part-of": "refold",
+        MANAGED_BY: MANAGER,
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "type": "Opaque",
+        "metadata": {"name": name, "namespace": namespace, "labels": labels},
+        "data": {key: _base64(value) for key, value in data.items()},
+    }
+
+
+def _labels(owner: Projection, component: str, version: str | None = None) -> dict[str, str]:
+    labels = {
+        "app.kubernetes.io/name": f"refold-{component}",
+        "app.kubernetes.io/instance": owner.metadata.name,
+        COMPONENT_LABEL: component,
+        "app.kubernetes.io/part-of": "refold",
+        MANAGED_BY: MANAGER,
+        PROJECTION_LABEL: owner.metadata.name,
+    }
+    return labels if version is None else labels | {VERSION_LABEL: version}
+
+
+def _selector(labels: Mapping[str, str]) -> dict[str, str]:
+    """Return the labels that tell pods apart; a Deployment's selector can't be changed later."""
+    return {name: labels[name] for name in (PROJECTION_LABEL, COMPONENT_LABEL, VERSION_LABEL) if name in labels}
+
+
+def _metadata(owner: Projection, name: str, labels: Mapping[str, str]) -> Manifest:
+    return {
+        "name": name,
+        "namespace": owner.metadata.namespace,
+        "labels": dict(labels),
+        "ownerReferences": [
+            {
+                "apiVersion": API_VERSION,
+                "kind": "Projection",
+                "name": owner.metadata.name,
+                "uid": owner.metadata.uid,
+                "controller": True,
+                "blockOwnerDeletion": True,
+            }
+        ],
+    }
+
+
+def _secret(owner: Projection, name: str, labels: Mapping[str, str], data: Mapping[str, str]) -> Manifest:
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "type": "Opaque",
+        "metadata": _metadata(owner, name, labels),
+        "data": {key: _base64(value) for key, value in data.items()},
+    }
+
+
+def _base64(value: bytes | str) -> str:
+    return base64.b64encode(value.encode() if isinstance(value, str) else value).decode()
+
+
+def _from_secret(variable: str, secret: Manifest, key: str) -> Manifest:
+    return {"name": variable, "valueFrom": {"secretKeyRef": {"name": secret["metadata"]["name"], "key": key}}}
+
+
+def _deployment(
+    owner: Projection,
+    name: str,
+    command: str,
+    labels: Mapping[str, str],
+    *,
+    processes: Processes,
+    image: Image,
+    env: list[Manifest],
+    secret: Manifest,
+) -> Manifest:
+    # Other credentials are another pod template, so that pods which have the former ones are replaced.
+    digest = hashlib.sha256(repr(sorted(secret["data"].items())).encode()).hexdigest()[:16]
+    container = {
+        "name": command,
+        "image": image.name,
+        "imagePullPolicy": image.pull_policy,
+        "args": [command],
+        "env": env,
+        "ports": [{"name": "http", "containerPort": PORT, "protocol": "TCP"}],
+        "resources": _resources(command, processes),
+        "startupProbe": _probe("/healthz", period=1, failures=60),
+        "livenessProbe": _probe("/healthz", period=10, failures=6),
+        "readinessProbe": _probe("/readyz", period=2, failures=2),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],  # noqa: S108 - the one writable folder
+    }
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": _metadata(owner, name, labels),
+        "spec": {
+            "replicas": processes.replicas,
+            "revisionHistoryLimit": 2,
+            "selector": {"matchLabels": _selector(labels)},
+            "template": {
+                "metadata": {"labels": dict(labels), "annotations": {_SECRET_HASH: digest}},
+                "spec": {
+                    "automountServiceAccountToken": False,
+                    "enableServiceLinks": False,
+                    "terminationGracePeriodSeconds": _GRACE_SECONDS,
+                    "securityContext": {
+                        "runAsNonRoot": True,
+                        "runAsUser": _USER,
+                        "runAsGroup": _USER,
+                        "fsGroup": _USER,
+                        "seccompProfile": {"type": "RuntimeDefault"},
+                    },
+                    "containers": [container],
+                    "volumes": [{"name": "tmp", "emptyDir": {"sizeLimit": "64Mi"}}],
+                },
+            },
+        },
+    }
+
+
+def _resources(command: str, processes: Processes) -> Manifest:
+    """Return requests and limits; the default of a resource stands only where the spec says nothing at all of it."""
+    said = {name for of_kind in processes.resources.values() for name in of_kind}
+    return {
+        kind: {
+            **{name: value for name, value in _DEFAULT_RESOURCES[command][kind].items() if name not in said},
+            **processes.resources.get(kind, {}),
+        }
+        for kind in ("requests", "limits")
+    }
+
+
+def _probe(path: str, *, period: int, failures: int) -> Manifest:
+    return {
+        "httpGet": {"path": path, "port": "http", "scheme": "HTTP"},
+        "periodSeconds": period,
+        "timeoutSeconds": 5,
+        "failureThreshold": failures,
+        "successThreshold": 1,
+    }

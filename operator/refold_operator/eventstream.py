@@ -1,0 +1,305 @@
+"""EventStreams: a claim in the catalog, a Kafka topic, a schema with its roles.
+
+`reconcile` looks at the resource, the catalog and Kafka, and makes of them what the spec says. What to do about the
+topic and whether it is ours to touch is decided by `plan_topic`, a pure function.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import psycopg
+import structlog
+from confluent_kafka import KafkaException
+from refold import names
+from refold.eventstore.catalog import Stream
+from refold.eventstore.errors import ConflictError, EventStoreError, NotInstalledError
+
+from refold_operator.errors import ReconcileError, UnreachableError
+from refold_operator.kafka import Kafka, Topic, TopicExistsError, TopicRefusedError
+from refold_operator.resources import EventStream
+from refold_operator.status import Condition, Status
+from refold_operator.store import Store
+
+_log = structlog.get_logger(__name__)
+
+#: Seconds until a topic is looked at again that was just asked for and isn't known to all brokers yet.
+_SOON = 0.5
+
+#: What an EventStream may configure (the CRD has the same list). What isn't in the spec gets the broker's default.
+CONFIGURABLE = frozenset(
+    {
+        "compression.type", "flush.messages", "flush.ms", "local.retention.bytes", "local.retention.ms",
+        "max.message.bytes", "min.insync.replicas", "remote.storage.enable", "retention.bytes", "retention.ms",
+        "segment.bytes", "segment.jitter.ms", "segment.ms",
+    }
+)  # fmt: skip
+# Always set, whatever the brokers' defaults are: compaction would drop events.
+_FIXED = {"cleanup.policy": "delete"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Refuse:
+    """Leave the topic alone and say why."""
+
+    reason: str
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Create:
+    """Claim the stream if it isn't claimed, then create the topic.
+
+    Attributes:
+        config: the new topic's own configuration.
+    """
+
+    partitions: int
+    replicas: int
+    config: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """The topic is the stream's own.
+
+    Attributes:
+        config: what to change; None resets one to the broker's default.
+        note: what a person should know, or empty.
+    """
+
+    config: Mapping[str, str | None]
+    note: str = ""
+
+
+def plan_topic(
+    stream: EventStream, *, topic: Topic | None, claim: Stream | None, kafka_cluster: str, default_replicas: int
+) -> Refuse | Create | Keep:
+    """Decide what to do about the topic.
+
+    Args:
+        stream: the resource.
+        topic: the topic of that name as it is, if there is one.
+        claim: the catalog's entry of the stream, if there is one.
+        kafka_cluster: the id of the Kafka cluster that was looked at.
+        default_replicas: the replication factor where the spec has none.
+    """
+    name = topic_name(stream)
+    wanted = {**_FIXED, **stream.spec.topic.config}
+    if claim is not None and claim.topic != name:
+        return Refuse(
+            "TopicImmutable",
+            f"the stream was made with topic {claim.topic}, spec.topic.name asks for {name}; it can't be changed",
+        )
+    if claim is not None and claim.partitions != stream.spec.partitions:
+        return Refuse(
+            "PartitionsImmutable",
+            f"the stream's history has {claim.partitions} partitions, spec.partitions asks for "
+            f"{stream.spec.partitions}; it can't be changed: set it back, or copy the events into a new EventStream",
+        )
+    if topic is None:
+        return Create(stream.spec.partitions, stream.spec.topic.replicas or default_replicas, wanted)
+    # A claim of this cluster without an id is written just before the topic is made; so a topic that is there now was
+    # made after the claim, by us, before we could record its id.
+    recorded = claim.topic_id if claim is not None and claim.kafka_cluster == kafka_cluster else None
+    just_made = (
+        claim is not None
+        and claim.kafka_cluster == kafka_cluster
+        and claim.uid == stream.metadata.uid
+        and not claim.topic_id
+    )
+    if recorded and recorded != topic.id:
+        return Refuse(
+            "TopicConflict",
+            f"the topic {name} was deleted and made again by someone else (its id is {topic.id}, ours was {recorded}); "
+            "delete it, and it is made and filled from history again",
+        )
+    if not recorded and not just_made:
+        return Refuse(
+            "TopicConflict",
+            f"the topic {name} exists and wasn't made for this EventStream; choose another spec.topic.name, or delete "
+            "the topic if nobody needs it",
+        )
+    if topic.partitions < stream.spec.partitions:
+        return Refuse(
+            "TopicConflict",
+            f"the topic {name} has {topic.partitions} partitions, spec.partitions is {stream.spec.partitions}; delete "
+            "the topic, and it is made and filled from history again",
+        )
+    changes: dict[str, str | None] = {
+        config: value for config, value in wanted.items() if topic.config.get(config) != value
+    }
+    changes |= {config: None for config in topic.config if config in CONFIGURABLE and config not in wanted}
+    extra = topic.partitions - stream.spec.partitions
+    note = f"; the topic has {extra} more partitions, which are never used" if extra else ""
+    return Keep(changes, note)
+
+
+def topic_name(stream: EventStream) -> str:
+    """Return the name of the stream's topic."""
+    return stream.spec.topic.name or names.topic(stream.metadata.namespace, stream.metadata.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a reconcile came to.
+
+    Attributes:
+        conditions: in the order that they are shown in.
+        status: the status without conditions and generation.
+        failed: whether a condition is false, so that it has to be tried again.
+        again: seconds until the next try, None for the usual back-off or resync.
+        found: what was found changed by someone else and put right, for an Event.
+    """
+
+    conditions: list[Condition]
+    status: Status
+    failed: bool
+    again: float | None = None
+    found: str = ""
+
+
+async def reconcile(stream: EventStream, *, store: Store, kafka: Kafka, default_replicas: int) -> Result:
+    """Make topic and schema what the EventStream says.
+
+    Never raises because of an outage or a refusal: these are the result's conditions.
+    """
+    topic = Condition("TopicReady", "Unknown", "StoreFirst", "the store's claim comes before the topic")
+    stored = Condition("StoreReady", "Unknown", "TopicFirst", "the topic comes before the store")
+    status: Status = {"topic": topic_name(stream)}
+    if "events" in stream.status:
+        status["events"] = stream.status["events"]
+    again = None
+    found = ""
+    claim = None
+    try:
+        with _store_errors():
+            claim = await store.stream(stream.metadata.namespace, stream.metadata.name)
+        claim, note, found = await _topic(stream, claim, store=store, kafka=kafka, default_replicas=default_replicas)
+        topic = Condition("TopicReady", "True", "Applied", f"the topic {topic_name(stream)} is as specified{note}")
+        with _store_errors():
+            if claim.state != "active":
+                claim = await store.activate(claim)
+            status["events"] = await store.events(claim)
+        stored = _stored(claim)
+        ready = Condition("Ready", "True", "Active", "appends are accepted")
+    except ReconcileError as error:
+        failure = Condition(error.condition, "False", error.reason, error.message)
+        if error.condition == "TopicReady":
+            topic = failure
+            if claim is not None and claim.state == "active" and claim.uid == stream.metadata.uid:
+                stored = _stored(claim)
+        else:
+            stored = failure
+        ready = Condition("Ready", "False", error.reason, error.message)
+        again = error.retry_after
+    return Result([ready, topic, stored], status, failed=ready.status != "True", again=again, found=found)
+
+
+def _stored(claim: Stream) -> Condition:
+    return Condition(
+        "StoreReady", "True", "Active", f"the schema {claim.schema} holds the history, {claim.partitions} partitions"
+    )
+
+
+async def _topic(
+    stream: EventStream, claim: Stream | None, *, store: Store, kafka: Kafka, default_replicas: int
+) -> tuple[Stream, str, str]:
+    """Claim the stream and bring its topic about; return the claim, a note, and what was put right."""
+    name = topic_name(stream)
+    with _kafka_errors(name):
+        cluster = await kafka.cluster_id()
+        topic = await kafka.topic(name)
+    plan = plan_topic(stream, topic=topic, claim=claim, kafka_cluster=cluster, default_replicas=default_replicas)
+    if isinstance(plan, Refuse):
+        raise ReconcileError("TopicReady", plan.reason, plan.message)
+    with _store_errors():
+        claim = await store.claim(
+            namespace=stream.metadata.namespace, name=stream.metadata.name, uid=stream.metadata.uid,
+            partitions=stream.spec.partitions, topic=name, kafka_cluster=cluster,
+        )  # fmt: skip
+        if isinstance(plan, Create) and claim.topic_id:
+            # So that a crash right after the topic was made leaves a claim that fits any topic of this name.
+            lost, claim = claim.topic_id, await store.record_topic(claim, "")
+        else:
+            lost = None
+    found = ""
+    if isinstance(plan, Create):
+        with _kafka_errors(name):
+            try:
+                await kafka.create(name, partitions=plan.partitions, replicas=plan.replicas, config=plan.config)
+            except TopicExistsError:
+                _log.info("topic isn't known to all brokers yet", topic=name)
+            topic = await kafka.topic(name)
+        if lost:
+            found = f"the topic {name} was gone and has been made again; the relay fills it from history"
+    elif plan.config:
+        with _kafka_errors(name):
+            await kafka.configure(name, plan.config)
+        if claim.topic_id:
+            found = f"configured the topic {name}: {', '.join(sorted(plan.config))}"
+    if topic is None:
+        raise ReconcileError(
+            "TopicReady", "TopicPending", f"the topic {name} was asked for and isn't known to all brokers yet",
+            retry_after=_SOON,
+        )  # fmt: skip
+    if claim.topic_id != topic.id:
+        with _store_errors():
+            claim = await store.record_topic(claim, topic.id)
+    return claim, plan.note if isinstance(plan, Keep) else "", found
+
+
+async def finalize(stream: EventStream, *, store: Store, kafka: Kafka) -> None:
+    """Do what the deletion policy says; returns once nothing of the stream is held any more.
+
+    Only what this very resource has claimed is dropped. What is gone already is no error.
+
+    Raises:
+        ReconcileError: a backend is away or refuses; to be tried again.
+    """
+    with _store_errors():
+        claim = await store.stream(stream.metadata.namespace, stream.metadata.name)
+        if claim is None or claim.uid != stream.metadata.uid:
+            return
+        if stream.spec.deletion_policy == "Retain":
+            await store.release(claim)
+            return
+    with _kafka_errors(claim.topic):
+        cluster = await kafka.cluster_id()
+        topic = await kafka.topic(claim.topic) if cluster == claim.kafka_cluster else None
+        # Without an id the topic was made by us just before a crash.
+        if topic is not None and (not claim.topic_id or topic.id == claim.topic_id):
+            await kafka.delete(claim.topic)
+    with _store_errors():
+        await store.drop(namespace=stream.metadata.namespace, name=stream.metadata.name, uid=stream.metadata.uid)
+
+
+@contextlib.contextmanager
+def _store_errors() -> Iterator[None]:
+    """Turn the store's errors into conditions."""
+    try:
+        yield
+    except UnreachableError as error:
+        raise ReconcileError("StoreReady", "StoreUnreachable", str(error)) from error
+    except NotInstalledError as error:
+        raise ReconcileError("StoreReady", "StoreNotInstalled", str(error), retry_after=2.0) from error
+    except ConflictError as error:
+        reason = "TopicConflict" if error.what == "topic" else "Conflict"
+        raise ReconcileError("StoreReady", reason, str(error)) from error
+    except (EventStoreError, psycopg.Error) as error:
+        raise ReconcileError("StoreReady", "StoreError", f"the event store answered: {error}") from error
+
+
+@contextlib.contextmanager
+def _kafka_errors(topic: str) -> Iterator[None]:
+    """Turn Kafka's errors about `topic` into conditions."""
+    try:
+        yield
+    except UnreachableError as error:
+        raise ReconcileError("TopicReady", "KafkaUnreachable", str(error)) from error
+    except (TopicRefusedError, KafkaException) as error:
+        raise ReconcileError(
+            "TopicReady",
+            "TopicRefused",
+            f"Kafka refused spec.topic of topic {topic}: {error}; change spec.topic.config or spec.topic.replicas",
+        ) from error

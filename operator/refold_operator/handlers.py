@@ -1,0 +1,98 @@
+"""What kopf calls: every handler only names the resource that is to be looked at.
+
+kopf brings watch streams, their restarts, the finalizer, and the order in which an object's changes are seen. What is
+to be done is decided by `Controller`, from what is there and not from what has changed.
+"""
+
+from typing import Any
+
+import kopf
+
+from refold_operator.children import COMPONENT_LABEL, MANAGED, PROJECTION_LABEL
+from refold_operator.cluster import GROUP, VERSION
+from refold_operator.controller import Controller
+from refold_operator.installation import Installation
+from refold_operator.resources import FINALIZER
+from refold_operator.workqueue import Key
+
+_PREFIX = "operator.refold.dev"
+_CHILDREN = (("apps", "v1", "deployments"), ("", "v1", "services"), ("", "v1", "secrets"))
+
+
+def settings() -> kopf.OperatorSettings:
+    """Return kopf's settings."""
+    result = kopf.OperatorSettings()
+    result.persistence.finalizer = FINALIZER
+    result.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=_PREFIX, v1=False)
+    result.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=_PREFIX, v1=False)
+    result.peering.standalone = True  # the chart runs one replica, replaced by Recreate
+    result.scanning.disabled = True  # the CRDs are there before kopf starts, so no rights on CRDs and namespaces
+    result.posting.enabled = False  # the controller writes Events itself: one a change of outcome
+    result.watching.server_timeout = 5 * 60
+    result.watching.client_timeout = 6 * 60  # a watch that the server forgot to end
+    result.watching.connect_timeout = 15
+    result.networking.request_timeout = 30
+    result.networking.connect_timeout = 10
+    result.networking.error_backoffs = (0.5, 1, 2, 3, 5, 8, 13, 21)
+    for kind in _CHILDREN:
+        result.watching.label_selectors[kind] = MANAGED
+    return result
+
+
+@kopf.on.resume(GROUP, VERSION, "eventstreams")
+@kopf.on.create(GROUP, VERSION, "eventstreams")
+@kopf.on.update(GROUP, VERSION, "eventstreams")
+async def event_stream_changed(memo: Any, namespace: str | None, name: str, **_: Any) -> None:
+    """An EventStream was there at the start, or was created or changed."""
+    controller: Controller = memo.controller
+    controller.queue.add(_key("EventStream", namespace, name))
+
+
+@kopf.on.delete(GROUP, VERSION, "eventstreams")
+async def event_stream_deleted(memo: Any, namespace: str | None, name: str, retry: int, **_: Any) -> None:
+    """An EventStream is being deleted; kopf takes the finalizer away when this returns."""
+    await _finalize(memo.controller, _key("EventStream", namespace, name), retry)
+
+
+@kopf.on.resume(GROUP, VERSION, "projections")
+@kopf.on.create(GROUP, VERSION, "projections")
+@kopf.on.update(GROUP, VERSION, "projections")
+async def projection_changed(memo: Any, namespace: str | None, name: str, **_: Any) -> None:
+    """A Projection was there at the start, or was created or changed."""
+    controller: Controller = memo.controller
+    controller.queue.add(_key("Projection", namespace, name))
+
+
+@kopf.on.delete(GROUP, VERSION, "projections")
+async def projection_deleted(memo: Any, namespace: str | None, name: str, retry: int, **_: Any) -> None:
+    """A Projection is being deleted; kopf takes the finalizer away when this returns."""
+    await _finalize(memo.controller, _key("Projection", namespace, name), retry)
+
+
+@kopf.on.event("apps", "v1", "deployments", labels={PROJECTION_LABEL: kopf.PRESENT})
+@kopf.on.event("", "v1", "services", labels={PROJECTION_LABEL: kopf.PRESENT})
+@kopf.on.event("", "v1", "secrets", labels={PROJECTION_LABEL: kopf.PRESENT})
+async def child_changed(memo: Any, namespace: str | None, labels: Any, **_: Any) -> None:
+    """Something that was made for a Projection was changed, by someone or by its own progress."""
+    controller: Controller = memo.controller
+    controller.queue.add(_key("Projection", namespace, labels[PROJECTION_LABEL]))
+
+
+@kopf.on.event("", "v1", "secrets", labels={COMPONENT_LABEL: kopf.ABSENT})
+async def installation_changed(memo: Any, namespace: str | None, **_: Any) -> None:
+    """A Secret of an installation was changed."""
+    installation: Installation = memo.installation
+    if namespace == installation.namespace:
+        installation.wake()
+
+
+def _key(kind: str, namespace: str | None, name: str) -> Key:
+    assert namespace is not None, "all kinds that are watched are namespaced"
+    return Key(kind, namespace, name)
+
+
+async def _finalize(controller: Controller, key: Key, retry: int) -> None:
+    outcome = await controller.queue.now(key, controller.finalize)
+    if outcome.failed:
+        raise kopf.TemporaryError(outcome.message, delay=min(2.0**retry, 30.0))
+    controller.queue.forget(key)

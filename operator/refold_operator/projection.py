@@ -1,0 +1,487 @@
+"""Projections: a read model in the read store, projectors that fold into it, a query service that serves it.
+
+A version is one build of the read model: a table, a consumer group, a Deployment. `reconcile` makes the version that
+the spec asks for beside the live one, moves readers to it once it has caught up, then takes the former one away. Which
+versions to keep and what to say about them is decided by pure functions.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import psycopg
+import pydantic
+import structlog
+from refold import names
+from refold.eventstore.catalog import Stream
+from refold.eventstore.errors import ConflictError as StoreConflictError
+from refold.eventstore.errors import EventStoreError
+from refold.projection import definition as definitions
+from refold.projection.definition import StreamRef, VersionDefinition
+from refold.projection.readstore import ConflictError, ProjectionStatus, ReadStoreError, VersionStatus
+
+from refold_operator import children, cluster, credentials
+from refold_operator.children import Image
+from refold_operator.cluster import Cluster, Object
+from refold_operator.errors import ReconcileError, UnreachableError
+from refold_operator.readstore import ReadStore
+from refold_operator.resources import REBUILD_ANNOTATION, Projection
+from refold_operator.status import Condition, Status
+from refold_operator.store import Store
+
+_log = structlog.get_logger(__name__)
+
+#: Seconds until a version that is being built is looked at again.
+_BUILDING_SECONDS = 2.0
+#: Seconds until a version with events to fold is looked at again.
+_LAGGING_SECONDS = 30.0
+#: Seconds until processes that start are looked at again; their Deployments' own changes come sooner.
+_STARTING_SECONDS = 15.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+    """What a reconcile works with.
+
+    Attributes:
+        key: the installation's key of passwords, None until the installation has read it.
+        token: what query services ask for.
+    """
+
+    cluster: Cluster
+    store: Store
+    readstore: ReadStore
+    image: Image
+    kafka_bootstrap: str
+    token: str
+    key: bytes | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a reconcile came to: see `eventstream.Result`."""
+
+    conditions: list[Condition]
+    status: Status
+    failed: bool
+    again: float | None = None
+    found: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Versions:
+    """Which versions are kept and which go.
+
+    Attributes:
+        target: the one that the spec asks for.
+        keep: the live one and the target.
+        drop: all others that the read store or the cluster still holds.
+    """
+
+    target: str
+    keep: frozenset[str]
+    drop: frozenset[str]
+
+
+def plan_versions(*, target: str, live: str | None, stored: Collection[str], running: Collection[str]) -> Versions:
+    """Decide which versions stay: readers' and the wanted one; a superseded build goes at once."""
+    keep = frozenset({target} if live is None else {target, live})
+    return Versions(target, keep, (frozenset(stored) | frozenset(running)) - keep)
+
+
+async def reconcile(projection: Projection, around: Surroundings) -> Result:
+    """Make the read model, its projectors and its query service what the Projection says.
+
+    Never raises because of an outage or a refusal: these are the result's conditions.
+    """
+    target: str | None = None
+    found: list[str] = []
+    problem: ReconcileError | None = None
+    state = ProjectionStatus(live=None, versions={})
+    deployments: Mapping[str, Object] = {}
+    try:
+        with _readstore_errors():
+            state = await around.readstore.status(
+                namespace=projection.metadata.namespace, name=projection.metadata.name
+            )
+        version, wanted = await _wanted(projection, around)
+        target = version
+        await _read_model(projection, around, version, wanted)
+        deployments = await _apply(projection, around, version, found)
+        with _readstore_errors():
+            if await around.readstore.try_swap(
+                namespace=projection.metadata.namespace, name=projection.metadata.name, version=version
+            ):
+                _log.debug("version is live", version=version)
+            state = await around.readstore.status(
+                namespace=projection.metadata.namespace, name=projection.metadata.name
+            )
+        await _drop_former(projection, around, version, state, deployments)
+    except ReconcileError as error:
+        problem = error
+        deployments = deployments or await _look(projection, around)
+    return _result(projection, target=target, state=state, deployments=deployments, problem=problem, found=found)
+
+
+async def finalize(projection: Projection, around: Surroundings) -> None:
+    """Take the processes away, then do with the read model what the deletion policy says.
+
+    Raises:
+        ReconcileError: a backend is away or refuses; to be tried again.
+    """
+    namespace, name = projection.metadata.namespace, projection.metadata.name
+    with _cluster_errors():
+        # The garbage collector would come for them only after the Projection is gone, and they hold tables and logins.
+        for kind in ("Deployment", "Service", "Secret"):
+            for child in await around.cluster.list(kind, namespace, selector=_children_of(projection)):
+                if children.owned_by(child, projection):
+                    await around.cluster.delete(kind, namespace, child["metadata"]["name"])
+    schema = names.read_schema(namespace, name)
+    with _store_errors():
+        await around.store.drop_login(_store_login(around, schema))
+    with _readstore_errors():
+        if projection.spec.deletion_policy == "Retain":
+            await around.readstore.release(namespace=namespace, name=name, uid=projection.metadata.uid)
+            return
+        try:
+            await around.readstore.drop(namespace=namespace, name=name, uid=projection.metadata.uid)
+        except ConflictError as error:
+            _log.info("read model is someone else's and stays", namespace=namespace, name=name, why=str(error))
+
+
+async def _wanted(projection: Projection, around: Surroundings) -> tuple[str, VersionDefinition]:
+    """Return the version that the spec asks for, and what it folds."""
+    try:
+        definition = definitions.parse(projection.definition)
+    except definitions.InvalidDefinitionError as error:
+        raise ReconcileError("Ready", error.problems[0].reason, str(error)) from error
+    except pydantic.ValidationError as error:
+        raise ReconcileError("Ready", "InvalidSpec", _first(error)) from error
+    streams = await _streams(projection, around, definition.streams)
+    refs = [
+        StreamRef(
+            namespace=stream.namespace, name=stream.name, incarnation=stream.incarnation,
+            partitions=stream.partitions, topic=stream.topic, event_schema=stream.schema,
+        )
+        for stream in streams
+    ]  # fmt: skip
+    rebuild = projection.metadata.annotations.get(REBUILD_ANNOTATION, "")
+    version = definitions.version_of(definition, refs, rebuild=rebuild)
+    return version, VersionDefinition(definition=definition, streams=refs)
+
+
+async def _streams(projection: Projection, around: Surroundings, wanted: Sequence[str]) -> list[Stream]:
+    streams = []
+    for name in wanted:
+        with _store_errors():
+            stream = await around.store.stream(projection.metadata.namespace, name)
+        if stream is None or stream.state != "active":
+            state = "doesn't exist or was never ready" if stream is None else f"is {stream.state}, not active"
+            raise ReconcileError(
+                "Ready",
+                "StreamNotReady",
+                f"spec.streams: the EventStream {projection.metadata.namespace}/{name} {state}; this goes on by itself "
+                "once it is Ready",
+            )
+        streams.append(stream)
+    return streams
+
+
+async def _read_model(projection: Projection, around: Surroundings, version: str, wanted: VersionDefinition) -> None:
+    """Claim the read model and make the version's table."""
+    namespace, name = projection.metadata.namespace, projection.metadata.name
+    with _readstore_errors():
+        await around.readstore.claim(namespace=namespace, name=name, uid=projection.metadata.uid)
+        if await around.readstore.ensure_version(namespace=namespace, name=name, version=version, definition=wanted):
+            _log.info("version made", namespace=namespace, name=name, version=version)
+
+
+async def _apply(projection: Projection, around: Surroundings, version: str, found: list[str]) -> dict[str, Object]:
+    """Make logins and Kubernetes objects; return the Deployments by name. `found` gets what was put right."""
+    if around.key is None:
+        raise ReconcileError(
+            "Ready", "Installing", "the operator is still installing its stores; see its log", retry_after=2.0
+        )
+    namespace, name = projection.metadata.namespace, projection.metadata.name
+    with _readstore_errors():
+        state = await around.readstore.status(namespace=namespace, name=name)
+        folded = await around.readstore.definitions(namespace=namespace, name=name)
+        logins = await around.readstore.logins(around.key, namespace=namespace, name=name)
+    kept = {version} if state.live is None else {version, state.live}
+    readable = await _readable(around, [ref for kept_version in kept for ref in folded[kept_version].streams])
+    role = _store_login(around, names.read_schema(namespace, name))
+    with _store_errors():
+        store_dsn = await around.store.projector_login(role, credentials.password(around.key, role), readable)
+    query_secret = children.query_secret(projection, readstore_dsn=logins.query, token=around.token)
+    wanted = [
+        query_secret,
+        children.query_service(projection),
+        children.query(projection, image=around.image, secret=query_secret),
+    ]
+    for kept_version in sorted(kept):
+        secret = children.projector_secret(
+            projection, kept_version, store_dsn=store_dsn, readstore_dsn=logins.projector
+        )
+        wanted.append(secret)
+        wanted.append(
+            children.projector(
+                projection, kept_version, image=around.image, kafka_bootstrap=around.kafka_bootstrap, secret=secret
+            )
+        )
+    with _cluster_errors():
+        there = {
+            (child["kind"], child["metadata"]["name"]): child
+            for kind in ("Secret", "Service", "Deployment")
+            for child in await around.cluster.list(kind, namespace, selector=_children_of(projection))
+        }
+        for manifest in wanted:
+            identity = (manifest["kind"], manifest["metadata"]["name"])
+            known = there.get(identity)
+            if known is None or not cluster.covers(known, manifest):
+                there[identity] = await _apply_one(projection, around, manifest, known, found)
+    return {child_name: child for (kind, child_name), child in there.items() if kind == "Deployment"}
+
+
+async def _apply_one(
+    projection: Projection, around: Surroundings, manifest: Object, known: Object | None, found: list[str]
+) -> Object:
+    kind, name = manifest["kind"], manifest["metadata"]["name"]
+    if known is None:
+        known = await around.cluster.get(kind, manifest["metadata"]["namespace"], name)
+    if known is not None and not children.owned_by(known, projection):
+        raise ReconcileError(
+            "Ready",
+            "ObjectConflict",
+            f"the {kind} {name} exists and isn't this Projection's; delete or rename it",
+        )
+    applied = await around.cluster.apply(manifest)
+    # An apply that leaves the object as it was only puts a value in the API server's own words (quantities).
+    changed = known is None or known["metadata"]["resourceVersion"] != applied["metadata"]["resourceVersion"]
+    if changed:
+        _log.info("applied", kind=kind, namespace=manifest["metadata"]["namespace"], name=name)
+        if projection.status.get("observedGeneration") == projection.metadata.generation and projection.status.get(
+            "live"
+        ):
+            found.append(f"{kind} {name}")
+    return applied
+
+
+async def _readable(around: Surroundings, refs: Sequence[StreamRef]) -> list[Stream]:
+    """Return the streams of `refs` that still are what they were; one that is gone has nothing to read."""
+    readable = {}
+    for ref in refs:
+        with _store_errors():
+            stream = await around.store.stream(ref.namespace, ref.name)
+        if stream is not None and stream.incarnation == ref.incarnation:
+            readable[stream.stream] = stream
+    return list(readable.values())
+
+
+async def _drop_former(
+    projection: Projection,
+    around: Surroundings,
+    version: str,
+    state: ProjectionStatus,
+    deployments: Mapping[str, Object],
+) -> None:
+    """Take away the versions that neither readers nor the spec want."""
+    namespace, name = projection.metadata.namespace, projection.metadata.name
+    running = {
+        deployment["metadata"]["labels"][children.VERSION_LABEL]
+        for deployment in deployments.values()
+        if children.VERSION_LABEL in deployment["metadata"]["labels"] and children.owned_by(deployment, projection)
+    }
+    plan = plan_versions(target=version, live=state.live, stored=state.versions, running=running)
+    for former in sorted(plan.drop):
+        child = names.projector_name(name, former)
+        with _cluster_errors():
+            await around.cluster.delete("Deployment", namespace, child)
+            await around.cluster.delete("Secret", namespace, child)
+        with _readstore_errors():
+            await around.readstore.drop_version(namespace=namespace, name=name, version=former)
+        _log.info("version dropped", namespace=namespace, name=name, version=former)
+
+
+async def _look(projection: Projection, around: Surroundings) -> dict[str, Object]:
+    """Return the Deployments as they are, to tell what serves although something failed; empty if that fails, too."""
+    try:
+        found = await around.cluster.list(
+            "Deployment", projection.metadata.namespace, selector=_children_of(projection)
+        )
+    except (UnreachableError, cluster.RefusedError):
+        return {}
+    return {child["metadata"]["name"]: child for child in found}
+
+
+def _result(
+    projection: Projection,
+    *,
+    target: str | None,
+    state: ProjectionStatus,
+    deployments: Mapping[str, Object],
+    problem: ReconcileError | None,
+    found: Sequence[str],
+) -> Result:
+    """Make conditions and status of what was found. Pure."""
+    live = state.versions.get(state.live) if state.live is not None else None
+    building = state.versions.get(target) if target is not None and target != state.live else None
+    name = projection.metadata.name
+    query = deployments.get(names.query_name(name))
+    projector = deployments.get(names.projector_name(name, state.live)) if state.live is not None else None
+    available = _available(projection, live, query)
+    ready = _ready(projection, target, live, available, projector, problem)
+    progressing = _progressing(building, [query, projector])
+    degraded = _degraded(live, problem)
+    status: Status = {"url": children.url(projection), "parked": 0, "replicas": 0}
+    if live is not None:
+        status["live"] = {"version": live.version}
+        status["lag"] = {"events": live.lag_events, "seconds": round(live.lag_seconds, 1)}
+        status["parked"] = live.parked
+        status["selector"] = children.projector_selector(projection, live.version)
+    if projector is not None:
+        status["replicas"] = projector.get("status", {}).get("replicas", 0)
+    if building is not None:
+        status["building"] = {"version": building.version, "progress": progress(building)}
+    again = None
+    if problem is not None:
+        again = problem.retry_after
+    elif building is not None:
+        again = _BUILDING_SECONDS
+    elif ready.status != "True" or progressing.status == "True":
+        again = _STARTING_SECONDS
+    elif live is not None and live.lag_events:
+        again = _LAGGING_SECONDS
+    return Result(
+        [ready, available, progressing, degraded],
+        status,
+        failed=problem is not None,
+        again=again,
+        found=f"put back what was changed or deleted: {', '.join(found)}" if found else "",
+    )
+
+
+def progress(version: VersionStatus) -> str:
+    """Return how much of the history `version` has folded, like 63%; below 100% until it has seen all partitions."""
+    if any(partition.seen_at is None for partition in version.partitions):
+        return f"{min(99, version.position * 100 // max(version.head, 1))}%"
+    return f"{version.position * 100 // version.head}%" if version.head else "100%"
+
+
+def _available(projection: Projection, live: VersionStatus | None, query: Object | None) -> Condition:
+    if live is None:
+        return Condition("Available", "False", "NoVersion", "no version of the read model was made yet")
+    if projection.spec.query.replicas == 0:
+        return Condition("Available", "False", "ScaledToZero", "spec.query.replicas is 0")
+    if query is None or not query.get("status", {}).get("availableReplicas", 0):
+        return Condition("Available", "False", "QueryStarting", "no process of the query service is ready yet")
+    return Condition("Available", "True", "Serving", f"version {live.version} serves")
+
+
+def _ready(
+    projection: Projection,
+    target: str | None,
+    live: VersionStatus | None,
+    available: Condition,
+    projector: Object | None,
+    problem: ReconcileError | None,
+) -> Condition:
+    if problem is not None:
+        return Condition("Ready", "False", problem.reason, problem.message)
+    if live is None or live.version != target:
+        return Condition(
+            "Ready",
+            "False",
+            "Building",
+            f"version {target} is being built; readers see {live.version if live else 'none'}",
+        )
+    if available.status != "True":
+        return Condition("Ready", "False", available.reason, available.message)
+    wanted = projection.spec.projector.replicas
+    if wanted and (projector is None or not projector.get("status", {}).get("availableReplicas", 0)):
+        return Condition("Ready", "False", "ProjectorStarting", "no projector is ready yet")
+    return Condition("Ready", "True", "Serving", f"version {live.version} serves")
+
+
+def _progressing(building: VersionStatus | None, deployments: Sequence[Object | None]) -> Condition:
+    if building is not None:
+        return Condition("Progressing", "True", "Building", f"version {building.version} is being built")
+    if any(deployment is None or not rolled_out(deployment) for deployment in deployments):
+        return Condition("Progressing", "True", "Starting", "processes are being started or replaced")
+    return Condition("Progressing", "False", "Complete", "nothing is under way")
+
+
+def _degraded(live: VersionStatus | None, problem: ReconcileError | None) -> Condition:
+    if live is not None and live.stopped:
+        return Condition("Degraded", "True", "PartitionStopped", "; ".join(dict.fromkeys(live.stopped)))
+    if live is not None and live.parked:
+        return Condition(
+            "Degraded",
+            "True",
+            "EventsParked",
+            f"{live.parked} events failed and were set aside, or follow one that did; the first: {live.parked_error}",
+        )
+    if problem is not None:
+        return Condition("Degraded", "True", problem.reason, problem.message)
+    return Condition("Degraded", "False", "AsExpected", "nothing needs a person")
+
+
+def rolled_out(deployment: Mapping[str, Any]) -> bool:
+    """Tell whether all processes of a Deployment run what its spec says."""
+    status, wanted = deployment.get("status", {}), deployment["spec"].get("replicas", 1)
+    return bool(
+        status.get("observedGeneration", 0) >= deployment["metadata"].get("generation", 0)
+        and status.get("updatedReplicas", 0) == wanted
+        and status.get("replicas", 0) == wanted
+        and status.get("availableReplicas", 0) == wanted
+    )
+
+
+def _children_of(projection: Projection) -> str:
+    return f"{children.MANAGED},{children.PROJECTION_LABEL}={projection.metadata.name}"
+
+
+def _store_login(around: Surroundings, schema: str) -> str:
+    """Return the projectors' login in the event store, another than theirs in a read store of the same database."""
+    return names.resource_role(around.store.database.name, schema, "history")
+
+
+def _first(error: pydantic.ValidationError) -> str:
+    problem = error.errors(include_url=False, include_context=False)[0]
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])
+    return f"spec{field}: {problem['msg']}"
+
+
+@contextlib.contextmanager
+def _store_errors() -> Iterator[None]:
+    """Turn the event store's errors into conditions."""
+    try:
+        yield
+    except UnreachableError as error:
+        raise ReconcileError("Ready", "StoreUnreachable", str(error)) from error
+    except (EventStoreError, psycopg.Error) as error:
+        raise ReconcileError("Ready", "StoreError", f"the event store answered: {error}") from error
+
+
+@contextlib.contextmanager
+def _readstore_errors() -> Iterator[None]:
+    """Turn the read store's errors into conditions."""
+    try:
+        yield
+    except UnreachableError as error:
+        raise ReconcileError("Ready", "ReadStoreUnreachable", str(error)) from error
+    except (ConflictError, StoreConflictError) as error:
+        raise ReconcileError("Ready", "Conflict", str(error)) from error
+    except (ReadStoreError, EventStoreError, psycopg.Error) as error:
+        raise ReconcileError("Ready", "ReadStoreError", f"the read store answered: {error}") from error
+
+
+@contextlib.contextmanager
+def _cluster_errors() -> Iterator[None]:
+    """Turn the API server's errors into conditions."""
+    try:
+        yield
+    except UnreachableError as error:
+        raise ReconcileError("Ready", "KubernetesUnreachable", str(error)) from error
+    except cluster.RefusedError as error:
+        raise ReconcileError("Ready", "KubernetesRefused", str(error)) from error

@@ -1,0 +1,96 @@
+"""EventStreams and Projections as the operator reads them; the API server has checked them against the CRDs."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+#: Changing its value builds a new version of a Projection from the same definition.
+REBUILD_ANNOTATION = "refold.dev/rebuild"
+FINALIZER = "refold.dev/finalizer"
+
+DeletionPolicy = Literal["Retain", "Delete"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+
+
+class Metadata(_Model):
+    """What the operator needs to know of a resource itself."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    resource_version: str = Field(alias="resourceVersion")
+    finalizers: list[str] = []
+    annotations: dict[str, str] = {}
+    deletion_timestamp: str | None = Field(default=None, alias="deletionTimestamp")
+
+
+class Topic(_Model):
+    """`spec.topic` of an EventStream."""
+
+    name: str | None = None
+    replicas: int | None = None
+    config: dict[str, str] = {}
+
+
+class EventStreamSpec(_Model):
+    """`spec` of an EventStream."""
+
+    partitions: int
+    topic: Topic = Topic()
+    deletion_policy: DeletionPolicy = Field(default="Retain", alias="deletionPolicy")
+
+
+class EventStream(_Model):
+    """An EventStream."""
+
+    metadata: Metadata
+    spec: EventStreamSpec
+    status: dict[str, Any] = {}
+
+
+class Processes(_Model):
+    """`spec.projector` or `spec.query` of a Projection."""
+
+    replicas: int = 1
+    resources: dict[str, dict[str, str | int]] = {}
+
+
+class ProjectionSpec(_Model):
+    """The parts of a Projection's `spec` that aren't its definition (`refold.projection.definition` has that)."""
+
+    streams: list[str]
+    projector: Processes = Processes()
+    query: Processes = Processes()
+    deletion_policy: DeletionPolicy = Field(default="Delete", alias="deletionPolicy")
+
+
+class Projection(_Model):
+    """A Projection. `definition` is the whole spec as it is."""
+
+    metadata: Metadata
+    spec: ProjectionSpec
+    definition: Mapping[str, Any]
+    status: dict[str, Any] = {}
+
+
+def event_stream(body: Mapping[str, Any]) -> EventStream:
+    """Return the EventStream of an object of the API.
+
+    Raises:
+        pydantic.ValidationError: the object isn't one that the CRD lets pass.
+    """
+    return EventStream.model_validate(body)
+
+
+def projection(body: Mapping[str, Any]) -> Projection:
+    """Return the Projection of an object of the API.
+
+    Raises:
+        pydantic.ValidationError: the object isn't one that the CRD lets pass.
+    """
+    return Projection.model_validate({**body, "definition": body.get("spec", {})})
