@@ -1,8 +1,8 @@
 """The workload "orders": lives of orders from a seed, interleaved as they would arrive.
 
 Subjects `order-<uuid>` of five events: OrderPlaced with three items, ItemAdded, OrderPaid, OrderShipped,
-OrderDelivered; one in ten ends in OrderCancelled instead. Each carries orderId and customerId (5,000 customers) and is 250 to 700 bytes
-of JSON. Fifty subjects are open at a time.
+OrderDelivered; one in ten ends in OrderCancelled instead. Each carries orderId and customerId (5,000 customers) and is
+250 to 700 bytes of JSON. Fifty subjects are open at a time.
 """
 
 import itertools
@@ -51,7 +51,8 @@ def _data(draw: random.Random, type_: str, order: str, customer: str) -> dict[st
         case "ItemAdded":
             data |= {"item": _item(draw), "currency": "EUR", "addedBy": "customer", "channel": "web shop"}
         case "OrderPaid":
-            data |= {"amount": draw.randrange(1000, 90_000) / 100, "currency": "EUR", "method": "credit card", "provider": "payment provider",
+            data |= {"amount": draw.randrange(1000, 90_000) / 100, "currency": "EUR", "method": "credit card",
+                     "provider": "payment provider",
                      "reference": str(uuid.UUID(int=draw.getrandbits(128)))}  # fmt: skip
         case "OrderShipped" | "OrderDelivered":
             data |= {
