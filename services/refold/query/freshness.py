@@ -1,0 +1,97 @@
+"""How fresh an answer is: the positions of the snapshot that it was read from. Pure."""
+
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+import msgspec
+
+from refold import tokens
+from refold.query.live import LiveVersion
+
+#: A projector tells in each partition that it is alive more often than this (seconds); while it does, and all that it
+#: saw is
+#: applied, there is no lag.
+SEEN_SECONDS = 15.0
+
+
+class Partition(msgspec.Struct, array_like=True, frozen=True):
+    """How far the version is in one partition; `seen_at` (Unix time) is when the projector last saw the head."""
+
+    incarnation: str
+    partition: int
+    position: int
+    head: int
+    lag_seconds: float
+    seen_at: float | None
+    stopped: str | None
+
+
+_decoder = msgspec.json.Decoder(list[Partition])
+
+
+class Freshness:
+    """The positions of a snapshot of `live`, read when the read store's clock (Unix time) was at `now`."""
+
+    def __init__(self, live: LiveVersion, positions: str | None, now: float) -> None:
+        self.live = live
+        self.partitions: list[Partition] = [] if positions is None else _decoder.decode(positions)
+        self._now = now
+
+    @cached_property
+    def token(self) -> str:
+        """All that is applied, as a token: sent as Refold-Token, the next answer is never older than this one."""
+        return tokens.encode(tokens.Position(p.incarnation, p.partition, p.position) for p in self.partitions)
+
+    @cached_property
+    def lag_events(self) -> int | None:
+        """Events that the projector knew of and had not applied; None before it looked at every partition."""
+        if any(p.seen_at is None for p in self.partitions):
+            return None
+        return sum(max(0, p.head - p.position) for p in self.partitions)
+
+    @cached_property
+    def lag_seconds(self) -> float | None:
+        """How long the oldest event that may be missing has been waiting; None before every partition was looked at.
+
+        It goes on growing where the projector no longer tells: then nobody knows of later events.
+        """
+        lag = 0.0
+        for p in self.partitions:
+            if p.seen_at is None:
+                return None
+            age = max(0.0, self._now - p.seen_at)
+            if p.head > p.position or age > SEEN_SECONDS:
+                lag = max(lag, p.lag_seconds + age)
+        return round(lag, 3)
+
+    @cached_property
+    def headers(self) -> dict[str, str]:
+        """The headers that every answer from this snapshot carries."""
+        headers = {"refold-position": self.token}
+        if self.lag_events is not None and self.lag_seconds is not None:
+            headers["refold-lag-events"] = str(self.lag_events)
+            headers["refold-lag-seconds"] = f"{self.lag_seconds:.3f}"
+        return headers
+
+    def missing(self, wanted: Iterable[tokens.Position]) -> list[dict[str, Any]]:
+        """Return, for people and programs, which positions of `wanted` aren't applied; empty where all are.
+
+        Raises:
+            KeyError: a position is of a stream (or an incarnation or a partition of it) that the version doesn't fold.
+        """
+        applied = {(p.incarnation, p.partition): p.position for p in self.partitions}
+        missing = []
+        for position in wanted:
+            reached = applied[position.incarnation, position.partition]
+            if reached < position.position:
+                stream = self.live.streams[position.incarnation]
+                missing.append(
+                    {
+                        "stream": f"{stream.namespace}/{stream.name}",
+                        "partition": position.partition,
+                        "wanted": position.position,
+                        "applied": reached,
+                    }
+                )
+        return missing

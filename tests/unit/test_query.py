@@ -1,0 +1,150 @@
+"""The pure parts of the query service: filters, cursors, freshness."""
+
+import datetime as dt
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from refold import tokens
+from refold.projection.definition import Column, ColumnType, Definition, FoldRule, StreamRef, VersionDefinition
+from refold.query import cursors, filters
+from refold.query.freshness import Freshness
+from refold.query.live import LiveVersion
+from refold.web.problems import Problem
+
+COLUMNS = {
+    name: Column(name=name, type=ColumnType(kind), index=name != "plain")
+    for name, kind in {
+        "status": "text",
+        "items": "integer",
+        "total": "numeric",
+        "paid": "boolean",
+        "at": "timestamp",
+        "more": "json",
+        "plain": "text",
+    }.items()
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("status:eq:placed", "placed"),
+        ("status:eq:", ""),
+        ("status:eq:a:b'\";--", "a:b'\";--"),
+        ("items:eq:-9223372036854775808", -(2**63)),
+        ("items:eq:9223372036854775807", 2**63 - 1),
+        ("total:eq:0.10", Decimal("0.10")),
+        ("total:eq:-1e3", Decimal(-1000)),
+        ("paid:eq:true", True),
+        ("paid:eq:false", False),
+        ("at:eq:2026-01-31T23:59:59Z", dt.datetime(2026, 1, 31, 23, 59, 59, tzinfo=dt.UTC)),
+        ("at:eq:2026-02-01t01:59:59.123456+02:00", dt.datetime(2026, 1, 31, 23, 59, 59, 123456, tzinfo=dt.UTC)),
+    ],
+)
+def test_a_filter_compares_a_column_with_a_value_of_its_type(text: str, value: object) -> None:
+    condition = filters.condition(text, COLUMNS)
+    assert (condition.column, condition.operator, condition.value) == (text.partition(":")[0], "=", value)
+    assert type(condition.value) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "slug"),
+    [
+        ("status", 400, "invalid-query"),
+        ("status:eq", 400, "invalid-query"),
+        ("", 400, "invalid-query"),
+        ("colour:eq:red", 422, "unknown-column"),
+        ("key:eq:red", 422, "unknown-column"),
+        ("~status:eq:red", 422, "unknown-column"),
+        ("plain:eq:red", 422, "column-not-indexed"),
+        ("status:=:red", 422, "unknown-operator"),
+        ("status:like:red", 422, "unknown-operator"),
+        ("status:eq:a\0b", 422, "invalid-value"),
+        ("items:eq:9223372036854775808", 422, "invalid-value"),
+        ("items:eq:1.0", 422, "invalid-value"),
+        ("items:eq:١", 422, "invalid-value"),
+        ("items:eq:1_0", 422, "invalid-value"),
+        ("items:eq:", 422, "invalid-value"),
+        ("total:eq:NaN", 422, "invalid-value"),
+        ("total:eq:Infinity", 422, "invalid-value"),
+        ("total:eq:1e99999", 422, "invalid-value"),
+        ("paid:eq:TRUE", 422, "invalid-value"),
+        ("at:eq:2026-01-31T23:59:59", 422, "invalid-value"),
+        ("at:eq:2026-02-30T23:59:59Z", 422, "invalid-value"),
+        ("at:eq:2026-01-31T23:59:59.1234567Z", 422, "invalid-value"),
+        ("more:eq:{}", 422, "invalid-value"),
+    ],
+)
+def test_a_filter_that_cannot_work_is_refused_with_the_reason(text: str, status: int, slug: str) -> None:
+    with pytest.raises(Problem) as refused:
+        filters.condition(text, COLUMNS)
+    assert (refused.value.status, refused.value.slug, refused.value.members["field"]) == (status, slug, "where")
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0")))
+def test_a_cursor_is_the_key_that_it_was_made_of(key: str) -> None:
+    cursor = cursors.encode(key)
+    assert cursors.decode(cursor) == key
+    assert cursor.isascii()
+    assert not set(cursor) & set("+/=&?#%")
+
+
+@pytest.mark.parametrize("text", ["", "a", "%", "ü", "e30", "WzFd", "WyJhIiwiYiJd", "WyJcdTAwMDAiXQ", "_____w"])
+def test_what_is_no_cursor_is_refused(text: str) -> None:
+    with pytest.raises(Problem) as refused:
+        cursors.decode(text)
+    assert (refused.value.status, refused.value.members["field"]) == (400, "cursor")
+
+
+STREAM = StreamRef(
+    namespace="shop", name="orders", incarnation="i1", partitions=2, topic="shop.orders", event_schema="shop.orders"
+)
+LIVE = LiveVersion(
+    "shop.order-status.read",
+    "abc",
+    VersionDefinition(
+        definition=Definition(streams=["orders"], fold=[FoldRule(type="A", delete=True)]), streams=[STREAM]
+    ),
+)
+
+
+def test_lag_is_unknown_until_every_partition_was_looked_at() -> None:
+    freshness = Freshness(LIVE, '[["i1",0,5,9,1.5,1000.0,null],["i1",1,0,0,0,null,null]]', 1000.0)
+    assert (freshness.lag_events, freshness.lag_seconds) == (None, None)
+    assert set(freshness.headers) == {"refold-position"}
+
+
+def test_lag_is_summed_in_events_and_the_largest_in_seconds() -> None:
+    freshness = Freshness(LIVE, '[["i1",0,5,9,1.5,999.0,null],["i1",1,7,8,4.0,999.5,null]]', 1000.0)
+    assert freshness.headers == {
+        "refold-position": tokens.encode([tokens.Position("i1", 0, 5), tokens.Position("i1", 1, 7)]),
+        "refold-lag-events": "5",
+        "refold-lag-seconds": "4.500",
+    }
+
+
+def test_there_is_no_lag_where_all_is_applied_and_the_projector_is_there() -> None:
+    freshness = Freshness(LIVE, '[["i1",0,9,9,0,990.0,null],["i1",1,9,8,0,990.0,null]]', 1000.0)
+    assert (freshness.lag_events, freshness.lag_seconds) == (0, 0.0)
+
+
+def test_lag_grows_where_the_projector_is_gone() -> None:
+    freshness = Freshness(LIVE, '[["i1",0,9,9,0,900.0,null],["i1",1,8,8,0,990.0,null]]', 1000.0)
+    assert (freshness.lag_events, freshness.lag_seconds) == (0, 100.0)
+
+
+def test_what_is_missing_of_a_token_names_stream_and_partition() -> None:
+    freshness = Freshness(LIVE, '[["i1",0,5,9,1.5,999.0,null],["i1",1,7,8,4.0,999.5,null]]', 1000.0)
+    assert freshness.missing([tokens.Position("i1", 0, 5), tokens.Position("i1", 1, 1)]) == []
+    assert freshness.missing([tokens.Position("i1", 0, 6), tokens.Position("i1", 1, 7)]) == [
+        {"stream": "shop/orders", "partition": 0, "wanted": 6, "applied": 5}
+    ]
+
+
+@pytest.mark.parametrize(("incarnation", "partition"), [("i1", 2), ("i0", 0), ("i1", -1)])
+def test_a_token_of_another_stream_or_incarnation_is_told_apart(incarnation: str, partition: int) -> None:
+    freshness = Freshness(LIVE, '[["i1",0,5,9,1.5,999.0,null],["i1",1,7,8,4.0,999.5,null]]', 1000.0)
+    with pytest.raises(KeyError):
+        freshness.missing([tokens.Position(incarnation, partition, 1)])
