@@ -1,0 +1,252 @@
+"""Kafka's transactional producer with the three outcomes that a transaction can have for the relay.
+
+Committed; aborted because of certain topics (`AbortedError`: the others can go on); or lost (`LostError`: fenced,
+fatal, or the outcome is unknown), after which the only safe thing is to begin again from the checkpoints with a new
+producer.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
+
+_COMMIT_SECONDS = 60.0
+_ABORT_SECONDS = 15.0
+_SLICE_SECONDS = 1.0
+
+#: Answers that speak of a topic or of a record in it, not of the cluster.
+_OF_TOPIC = {
+    KafkaError.UNKNOWN_TOPIC_OR_PART: "TopicMissing",
+    KafkaError._UNKNOWN_TOPIC: "TopicMissing",
+    KafkaError._UNKNOWN_PARTITION: "TopicMissing",
+    KafkaError.TOPIC_AUTHORIZATION_FAILED: "TopicForbidden",
+    KafkaError.MSG_SIZE_TOO_LARGE: "RecordTooLarge",
+    KafkaError.RECORD_LIST_TOO_LARGE: "RecordTooLarge",
+    KafkaError.INVALID_MSG_SIZE: "RecordTooLarge",
+    KafkaError.INVALID_MSG: "RecordRefused",
+    KafkaError.INVALID_RECORD: "RecordRefused",
+    KafkaError.INVALID_TIMESTAMP: "RecordRefused",
+    KafkaError.POLICY_VIOLATION: "RecordRefused",
+    KafkaError.TOPIC_EXCEPTION: "TopicInvalid",
+    KafkaError.NOT_ENOUGH_REPLICAS: "TopicUnavailable",
+    KafkaError.NOT_ENOUGH_REPLICAS_AFTER_APPEND: "TopicUnavailable",
+    KafkaError.KAFKA_STORAGE_ERROR: "TopicUnavailable",
+}
+#: Answers that speak of a topic only where others were reached at the same time.
+_OF_TIME = frozenset({KafkaError._MSG_TIMED_OUT, KafkaError._TIMED_OUT})
+_PURGED = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
+
+
+class LostError(Exception):
+    """The producer can't go on. Whether its last transaction was committed, the checkpoints tell."""
+
+
+class AbortedError(Exception):
+    """The transaction was aborted, nothing of it stands.
+
+    Attributes:
+        guilty: what Kafka said of topics; empty where it isn't known which one is the reason.
+        changed: topics that are no longer those that the transaction was meant for.
+    """
+
+    def __init__(
+        self, message: str, *, guilty: dict[str, KafkaError] | None = None, changed: Iterable[str] = ()
+    ) -> None:
+        super().__init__(message)
+        self.guilty = guilty or {}
+        self.changed = frozenset(changed)
+
+
+def reason(error: KafkaError) -> str:
+    """Return the reason (a CamelCase word for conditions and metrics) of an error that speaks of a topic."""
+    return _OF_TOPIC.get(error.code(), "TopicUnavailable" if error.code() in _OF_TIME else "TopicRefused")
+
+
+class TransactionalProducer:
+    """One `transactional.id`, one transaction at a time. Used by one thread.
+
+    Args:
+        bootstrap: brokers.
+        transactional_id: names the shard; whoever initialises it fences all that did so before.
+        control: the checkpoint topic, which is in every transaction: it tells a topic's failure from the cluster's.
+        check: called between waits of a second; raises to give up.
+    """
+
+    def __init__(self, bootstrap: str, transactional_id: str, *, control: str, check: Callable[[], None]) -> None:
+        self._control, self._check = control, check
+        self._failed: dict[str, KafkaError] = {}
+        self._undelivered: set[str] = set()
+        self._open = False
+        self._producer = Producer(
+            {
+                "bootstrap.servers": bootstrap,
+                "transactional.id": transactional_id,
+                "acks": "all",
+                "enable.idempotence": True,
+                # A transaction that nobody ends holds back read_committed consumers for so long at most; a successor
+                # aborts it at once.
+                "transaction.timeout.ms": 30_000,
+                "message.timeout.ms": 20_000,
+                # Fills batches while catching up; a lone event isn't delayed, since a commit flushes without it.
+                "linger.ms": 5,
+                "batch.size": 1_000_000,
+                "compression.type": "lz4",
+                "queue.buffering.max.messages": 1_000_000,
+                # The topic's own limit decides.
+                "message.max.bytes": 128 << 20,
+                "delivery.report.only.error": True,
+                "on_delivery": self._on_failure,
+                "logger": logging.getLogger("kafka.relay"),
+            }
+        )
+
+    def init(self, *, timeout: float) -> None:
+        """Fence every former owner of the transactional id and end its transaction.
+
+        Raises:
+            LostError: it did not succeed in `timeout` seconds, or never can.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                self._producer.init_transactions(_SLICE_SECONDS)
+            except KafkaException as error:
+                self._again_or_lost(error, deadline, "initialise transactions")
+            else:
+                return
+
+    def begin(self) -> None:
+        """Begin a transaction."""
+        self._failed.clear()
+        self._undelivered.clear()
+        try:
+            self._producer.begin_transaction()
+        except KafkaException as error:
+            raise LostError(f"Kafka refused to begin a transaction: {error.args[0]}") from error
+        self._open = True
+
+    def send(
+        self,
+        topic: str,
+        partition: int,
+        key: bytes,
+        value: bytes,
+        headers: list[tuple[str, bytes]] | None = None,
+        timestamp: int = 0,
+    ) -> None:
+        """Add a record to the transaction; `timestamp` in milliseconds, 0 for now.
+
+        Raises:
+            AbortedError, LostError: as the class of each tells.
+        """
+        while True:
+            try:
+                self._producer.produce(
+                    topic,
+                    value,
+                    key,
+                    partition,
+                    timestamp=timestamp,
+                    headers=headers,  # type: ignore[arg-type] # invariant list
+                )
+            except BufferError:  # the local queue is full: let it drain
+                self._producer.poll(0.1)
+                self._check()
+            except KafkaException as error:
+                if error.args[0].code() in _OF_TOPIC:
+                    self._failed.setdefault(topic, error.args[0])
+                self._give_up(error.args[0])
+            else:
+                return
+
+    def poll(self) -> None:
+        """Let librdkafka log and report."""
+        self._producer.poll(0)
+
+    def commit(self, changed: Callable[[], Iterable[str]]) -> None:
+        """Commit the transaction.
+
+        `changed` is asked when all records are delivered and before the commit, and returns the topics that are no
+        longer those that the records were meant for: then it aborts. A record that was delivered before the answer
+        stands in the topic that the answer tells of, so a recreated topic never gets a part of the history.
+
+        Raises:
+            AbortedError, LostError: as the class of each tells.
+        """
+        deadline = time.monotonic() + _COMMIT_SECONDS
+        while self._producer.flush(_SLICE_SECONDS) and not self._failed:
+            self._check()
+            self._abort_where_changed(changed)
+            if time.monotonic() > deadline:
+                raise LostError(f"Kafka did not take the records in {_COMMIT_SECONDS:g} s")
+        if not self._failed:
+            self._abort_where_changed(changed)
+        while True:
+            try:
+                self._producer.commit_transaction(_SLICE_SECONDS)
+            except KafkaException as error:
+                if error.args[0].txn_requires_abort():
+                    self._give_up(error.args[0])
+                self._again_or_lost(error, deadline, "commit")
+                self._check()
+            else:
+                self._open = False
+                return
+
+    def close(self) -> None:
+        """Abort what is open, as far as Kafka lets us at once, and end the producer."""
+        if self._open:
+            try:
+                self._producer.abort_transaction(3)
+            except KafkaException:
+                self._producer.purge()  # fenced or out of reach: the successor's init_transactions ends it
+        self._producer.close()
+
+    def _on_failure(self, error: KafkaError | None, message: Message) -> None:
+        topic = message.topic()
+        if error is None or topic is None:
+            return
+        self._undelivered.add(topic)
+        if error.code() not in _PURGED:
+            self._failed.setdefault(topic, error)
+
+    def _abort_where_changed(self, changed: Callable[[], Iterable[str]]) -> None:
+        topics = sorted(changed())
+        if topics:
+            self._abort()
+            raise AbortedError(f"topics were deleted or created again: {', '.join(topics)}", changed=topics)
+
+    def _give_up(self, error: KafkaError) -> None:
+        """Abort after a failure and raise what is known of its reason."""
+        if error.fatal():
+            raise LostError(f"Kafka fenced or refused the producer: {error}")
+        self._abort()
+        reached = self._control not in self._undelivered
+        guilty = {
+            topic: found
+            for topic, found in self._failed.items()
+            if topic != self._control and (found.code() in _OF_TOPIC or (reached and found.code() in _OF_TIME))
+        }
+        if guilty or error.code() in _OF_TOPIC:
+            raise AbortedError(f"Kafka refused records: {error}", guilty=guilty)
+        raise LostError(f"Kafka refused the transaction: {error}")
+
+    def _abort(self) -> None:
+        deadline = time.monotonic() + _ABORT_SECONDS
+        while True:
+            try:
+                self._producer.abort_transaction(_SLICE_SECONDS)
+            except KafkaException as error:
+                self._again_or_lost(error, deadline, "abort")
+            else:
+                self._open = False
+                return
+
+    def _again_or_lost(self, error: KafkaException, deadline: float, what: str) -> None:
+        """Return where the call may be repeated (librdkafka says so, and bounds each by its own time)."""
+        answer: KafkaError = error.args[0]
+        if answer.fatal() or not answer.retriable() or time.monotonic() > deadline:
+            raise LostError(f"Kafka refused to {what}: {answer}") from error
+        if what == "initialise transactions":
+            self._check()

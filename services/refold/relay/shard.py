@@ -1,0 +1,143 @@
+"""One shard: a share of the store's streams, carried to Kafka by one owner at a time.
+
+To take over: hold the lock, `init_transactions` (fences the former owner and ends its transaction), read the
+checkpoints up to the high watermark, then produce. Each transaction holds events and the checkpoints that tell of them.
+Whoever is fenced, loses the lock or doesn't know how a transaction ended drops everything and takes over anew; so no
+state of a process is ever trusted over Kafka's.
+
+A topic that refuses stops its own stream only. The streams of an aborted transaction whose guilty topic isn't known go
+on alone, one event first (see `Progress.batch`), until the guilty one has failed by itself; it is tried again later
+and later.
+"""
+
+import threading
+import time
+from dataclasses import dataclass
+
+import psycopg
+import structlog
+from confluent_kafka import KafkaException
+
+from refold.relay import backoff, checkpoint, metrics, source
+from refold.relay.checkpoint import CheckpointTopic, CheckpointTopicError
+from refold.relay.lock import Locks
+from refold.relay.producer import LostError, TransactionalProducer
+from refold.relay.pulse import Pulse
+from refold.relay.tenure import Tenure
+from refold.relay.topics import Topics
+from refold.relay.wake import Mailbox, View
+
+_TAKEOVER_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """What all shards of a process share."""
+
+    store_dsn: str
+    bootstrap: str
+    store_id: str
+    checkpoints: CheckpointTopic
+
+
+class Shard(threading.Thread):
+    """Relays a shard whenever its lock is held, until stopped."""
+
+    def __init__(self, number: int, target: Target, locks: Locks, mailbox: Mailbox, pulse: Pulse) -> None:
+        """`mailbox` is posted to by the watcher and when the lock is taken."""
+        super().__init__(name=f"shard-{number}", daemon=True)
+        self.number = number
+        self.running = False
+        self._target, self._locks, self._mailbox, self._pulse = target, locks, mailbox, pulse
+        self._stop_asked = threading.Event()
+        self._view: View | None = None
+        self._log = structlog.get_logger(__name__).bind(shard=number)
+
+    def stop(self) -> None:
+        """Ask the thread to end after the transaction that is under way."""
+        self._stop_asked.set()
+        self._mailbox.post()
+
+    def run(self) -> None:
+        """Own the shard again and again; back off after failures."""
+        failures = 0
+        while not self._stop_asked.is_set():
+            self._pulse.beat(self.name)
+            if not self._locks.holds(self.number):
+                self._receive(1.0)
+                continue
+            begin = time.monotonic()
+            try:
+                self._own()
+            except (LostError, KafkaException, psycopg.Error, TimeoutError, CheckpointTopicError) as error:
+                failures = 1 if time.monotonic() - begin > 2 * backoff.LONGEST_SECONDS else failures + 1
+                delay = backoff.seconds(failures)
+                metrics.FAILURES.labels(self.number).inc()
+                self._log.warning(
+                    "The shard drops its state and starts again",
+                    error=f"{type(error).__name__}: {error}".strip(),
+                    in_seconds=round(delay, 1),
+                )
+                self._stop_asked.wait(delay)
+        self._pulse.end(self.name)
+
+    def _own(self) -> None:
+        """Take over and relay until the process stops; a lost lock is an exception."""
+        target, started = self._target, time.monotonic()
+        topic = target.checkpoints.ensure()
+        producer = TransactionalProducer(
+            target.bootstrap, f"refold.relay.{target.store_id}.{self.number}", control=topic, check=self._check
+        )
+        try:
+            producer.init(timeout=_TAKEOVER_SECONDS)
+            found = checkpoint.load(target.bootstrap, topic, self.number, timeout=_TAKEOVER_SECONDS, check=self._check)
+            with source.connect(target.store_dsn, f"shard {self.number}") as connection:
+                self._log.info(
+                    "The shard was taken over", checkpoints=len(found), seconds=round(time.monotonic() - started, 2)
+                )
+                metrics.TAKEOVERS.labels(self.number).inc()
+                metrics.HELD.labels(self.number).set(1)
+                self._serve(
+                    Tenure(
+                        self.number,
+                        producer=producer,
+                        connection=connection,
+                        checkpoints=found,
+                        checkpoint_topic=topic,
+                        topics=Topics(target.bootstrap),
+                    )
+                )
+        finally:
+            self.running = False
+            metrics.HELD.labels(self.number).set(0)
+            producer.close()
+
+    def _serve(self, tenure: Tenure) -> None:
+        try:
+            if self._view is not None:
+                tenure.adopt(self._view)
+            wait = 0.0
+            while not self._stop_asked.is_set():
+                self._check()
+                former = self._view
+                streams = self._receive(wait)
+                if self._view is not None and self._view is not former:
+                    tenure.adopt(self._view)
+                tenure.refresh(streams)
+                wait = tenure.work()
+                self.running = True
+        finally:
+            tenure.close()
+
+    def _check(self) -> None:
+        """Show that the thread goes on; give up where the lock was lost."""
+        self._pulse.beat(self.name)
+        if not self._locks.holds(self.number):
+            raise LostError("the shard's lock was lost")
+
+    def _receive(self, timeout: float) -> set[int]:
+        """Wait to be woken; keep the newest view, return the streams that have new events."""
+        view, streams = self._mailbox.take(timeout)
+        if view is not None:
+            self._view = view
+        return streams
