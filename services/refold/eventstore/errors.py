@@ -19,3 +19,61 @@ class ConflictError(EventStoreError):
 
 class NotInstalledError(EventStoreError):
     """The database holds no event store, or an older one than this version needs."""
+
+
+class UnknownStreamError(EventStoreError):
+    """The store has no active stream of that name, or no such partition of it."""
+
+
+class InvalidAppendError(EventStoreError):
+    """An append that can never be accepted as it is; nothing of it was written.
+
+    Attributes:
+        field: what is wrong in it, for example `subject` or `events[2].data`.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+class TooLargeError(InvalidAppendError):
+    """An append, or something in it, is over a limit; nothing of it was written."""
+
+
+class RevisionConflictError(EventStoreError):
+    """The subject isn't at the expected revision; nothing was written.
+
+    Attributes:
+        current: the subject's revision (0: it has no events).
+    """
+
+    def __init__(self, subject: str, expected: int | str, current: int) -> None:
+        super().__init__(
+            f"subject {subject!r} is at revision {current}, expected was {expected}; read it and try again"
+        )
+        self.current = current
+
+
+class IdConflictError(EventStoreError):
+    """Ids of the append are known in its subject, and it isn't a retry of what was appended; nothing was written.
+
+    Attributes:
+        current: the subject's revision.
+    """
+
+    def __init__(self, subject: str, current: int) -> None:
+        super().__init__(
+            f"subject {subject!r} (at revision {current}) has events with some of these ids, and other types or data, "
+            "or only some of them, or in another order; a retry must repeat the append as it was, a new event needs a "
+            "new id"
+        )
+        self.current = current
+
+
+class OverloadedError(EventStoreError):
+    """Too many appends are waiting; this one wasn't taken. Try again a little later."""
+
+
+class UnavailableError(EventStoreError):
+    """PostgreSQL couldn't be asked in time. Whether an append took effect is unknown: repeat it with the same ids."""

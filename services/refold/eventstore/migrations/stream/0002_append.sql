@@ -2,7 +2,8 @@
 
 -- Append a group: many appends, each with its own outcome, in one transaction.
 --
--- In: per append its subject, the subject's partition, the expected revision (a number; -1 any, -2 exists) and how many
+-- In: the stream's catalog number (a caller that knows an earlier stream of this name is refused); per append its
+-- subject, the subject's partition, the expected revision (a number; -1 any, -2 exists) and how many
 -- events it has (at least one, of distinct ids); per event, in the order of the appends, the number of its append (from
 -- 1), its subject, id, type, data and metadata. Only the service's own role may call it, since it believes the
 -- partitions and the arrays' shapes.
@@ -16,7 +17,7 @@
 --
 -- Plans are generic, and neither scan a table nor nest loops: the arrays' sizes aren't known when they are made.
 create function :"schema".append_group(
-  a_subject text[], a_partition integer[], a_expected bigint[], a_events integer[],
+  stream integer, a_subject text[], a_partition integer[], a_expected bigint[], a_events integer[],
   e_append integer[], e_subject text[], e_id text[], e_type text[], e_data jsonb[], e_metadata jsonb[],
   out outcomes smallint[], out revisions bigint[], out positions bigint[]
 )
@@ -50,8 +51,8 @@ declare
   k          integer;
 begin
   with locked as (
-    select partition, head, recorded_at from refold.heads
-    where stream = c_stream and partition = any (a_partition) order by partition for update
+    select h.partition, h.head, h.recorded_at from refold.heads h
+    where h.stream = c_stream and h.partition = any (a_partition) order by h.partition for update
   )
   select array_agg(partition), array_agg(head), max(recorded_at) into v_locked, v_heads, v_last from locked;
 
@@ -59,8 +60,8 @@ begin
     raise exception 'an append needs READ COMMITTED, this transaction is %', current_setting('transaction_isolation')
       using errcode = 'RF004';
   end if;
-  perform from refold.streams where stream = c_stream and state = 'active';
-  if not found then
+  perform from refold.streams s where s.stream = c_stream and s.state = 'active';
+  if not found or stream is distinct from c_stream then
     raise exception 'the stream is not active' using errcode = 'RF001';
   end if;
   if not a_partition <@ coalesce(v_locked, '{}') then
@@ -171,9 +172,9 @@ begin
 end
 $$;
 revoke all on function :"schema".append_group(
-  text[], integer[], bigint[], integer[], integer[], text[], text[], text[], jsonb[], jsonb[]) from public;
+  integer, text[], integer[], bigint[], integer[], integer[], text[], text[], text[], jsonb[], jsonb[]) from public;
 grant execute on function :"schema".append_group(
-  text[], integer[], bigint[], integer[], integer[], text[], text[], text[], jsonb[], jsonb[]) to :"eventstore";
+  integer, text[], integer[], bigint[], integer[], integer[], text[], text[], text[], jsonb[], jsonb[]) to :"eventstore";
 
 -- Append as the stream's writer: [{"subject", "expected": number | "any" | "none" | "exists" (default "any"),
 -- "events": [{"id", "type", "data", "metadata"?}, …]}, …], at most 1,000 events; per append, in order: its outcome
@@ -231,7 +232,7 @@ begin
     raise exception 'at most 1,000 events are appended at once, not %', cardinality(e_id) using errcode = 'RF003';
   end if;
   select * into v from :"schema".append_group(
-    a_subject, a_partition, a_expected, a_events, e_append, e_subject, e_id, e_type, e_data, e_metadata);
+    :stream, a_subject, a_partition, a_expected, a_events, e_append, e_subject, e_id, e_type, e_data, e_metadata);
   return query
     select (array['appended', 'replayed', 'revision-conflict', 'id-conflict'])[o + 1], r, q, p
     from unnest(v.outcomes, v.revisions, a_partition, v.positions) with ordinality as t (o, r, q, p, n) order by n;

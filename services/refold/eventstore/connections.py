@@ -1,0 +1,130 @@
+"""Connections to the store's database, lent one statement at a time.
+
+The connection used last is lent first, since it holds the plans of the functions that it called; an idle one beyond
+what the load needs stays cold and is closed when it is old. Broken connections are dropped when they are given back.
+"""
+
+import asyncio
+import collections
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import psycopg
+from psycopg import AsyncConnection
+from psycopg.adapt import Buffer, Loader
+from psycopg.pq import Format
+
+from refold.eventstore import arrays
+
+#: Seconds that connecting may take.
+CONNECT_TIMEOUT = 5
+#: Seconds after which a connection is replaced, so that plans of streams that aren't used any more don't pile up.
+MAX_AGE = 900.0
+_SESSION = (
+    "set timezone = 'UTC'; set default_transaction_isolation = 'read committed'; set statement_timeout = '30s'; "
+    # An acknowledged append must be on disk, whatever the database's default is.
+    "select set_config('synchronous_commit', 'on', false) where current_setting('synchronous_commit') = 'off'"
+)
+
+
+class _RawJsonbLoader(Loader):
+    """Loads jsonb as JSON text, never decomposed."""
+
+    format = Format.BINARY
+
+    def load(self, data: Buffer) -> msgspec.Raw:
+        return msgspec.Raw(bytes(data)[1:])  # after the format's version
+
+
+async def connect(dsn: str, application: str) -> AsyncConnection[Any]:
+    """Return a connection (autocommit) set up for the event store.
+
+    Raises:
+        psycopg.OperationalError: PostgreSQL can't be reached in `CONNECT_TIMEOUT` seconds, or refuses.
+    """
+    conn = await AsyncConnection.connect(
+        dsn,
+        autocommit=True,
+        connect_timeout=CONNECT_TIMEOUT,
+        application_name=application,
+        # A server that is gone without a word is noticed in seconds, not in the hours of TCP's defaults.
+        keepalives_idle=5,
+        keepalives_interval=2,
+        keepalives_count=3,
+        tcp_user_timeout=10_000,
+    )
+    arrays.register(conn)
+    conn.adapters.register_loader("jsonb", _RawJsonbLoader)
+    conn.prepare_threshold = 2
+    conn.prepared_max = 4096
+    await conn.execute(_SESSION, prepare=False)
+    return conn
+
+
+class Connections:
+    """At most `size` connections to `dsn`, opened when they are needed."""
+
+    def __init__(self, dsn: str, *, size: int, application: str) -> None:
+        self._dsn = dsn
+        self._size = size
+        self._application = application
+        self._idle: list[tuple[AsyncConnection[Any], float]] = []
+        self._open = 0
+        self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
+        self._closed = False
+
+    @contextlib.asynccontextmanager
+    async def lend(self) -> AsyncIterator[AsyncConnection[Any]]:
+        """Lend a connection; waits while all are lent.
+
+        Raises:
+            psycopg.OperationalError: a new one was needed and PostgreSQL can't be reached or refuses.
+        """
+        while not self._idle and self._open >= self._size:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self._wake()
+                raise
+        if self._idle:
+            conn, born = self._idle.pop()
+        else:
+            self._open += 1
+            try:
+                conn = await connect(self._dsn, self._application)
+            except BaseException:
+                self._open -= 1
+                self._wake()
+                raise
+            born = time.monotonic()
+        try:
+            yield conn
+        finally:
+            usable = not self._closed and not conn.closed and time.monotonic() - born < MAX_AGE
+            if usable and conn.info.transaction_status == psycopg.pq.TransactionStatus.IDLE:
+                self._idle.append((conn, born))
+            else:
+                self._open -= 1
+                await conn.close()
+            self._wake()
+
+    def _wake(self) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+
+    async def close(self) -> None:
+        """Close the idle connections now, and each other when it is given back."""
+        self._closed = True
+        while self._idle:
+            conn, _ = self._idle.pop()
+            self._open -= 1
+            await conn.close()

@@ -1,0 +1,19 @@
+"""What the event store counts and measures (Prometheus)."""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+APPENDED = Counter("refold_appended_events", "Events appended", ["stream"])
+REPLAYED = Counter(
+    "refold_replayed_appends", "Appends that were repeated and answered with the first outcome", ["stream"]
+)
+REFUSED = Counter("refold_refused_appends", "Appends refused, by reason", ["reason"])
+GROUP = Histogram(
+    "refold_group_appends", "Appends in one transaction", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+)
+COMMIT = Histogram(
+    "refold_commit_seconds",
+    "Time of one group's transaction",
+    buckets=(0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1, 2, 5),
+)
+RETRIES = Counter("refold_group_retries", "Groups tried again since PostgreSQL was away or refused for a moment")
+WAITING = Gauge("refold_waiting_appends", "Appends that wait for a transaction or are in one")

@@ -1,0 +1,592 @@
+"""The event store as a library: append with group commit, read in pages.
+
+Appends that wait for a stream go together in its next transaction; one transaction is in flight per stream and
+process, and no timer delays a lone append. Each append has its own outcome. A group that the database refuses as a
+whole is split until the guilty append stands alone. A group whose connection breaks is run again, also where its
+outcome is unknown: events carry ids, so what was committed is found and answered with its first outcome.
+"""
+
+import asyncio
+import collections
+import contextlib
+import datetime as dt
+import random
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, NamedTuple, Self
+
+import psycopg
+import structlog
+from psycopg import sql
+from psycopg.rows import args_row
+from psycopg.types.numeric import Int4, Int8
+
+from refold import names, tokens
+from refold.events import Event
+from refold.eventstore import appends, arrays, catalog, metrics
+from refold.eventstore.appends import Append, ExpectedRevision, Limits, NewEvent
+from refold.eventstore.catalog import Stream
+from refold.eventstore.connections import Connections
+from refold.eventstore.errors import (
+    EventStoreError,
+    IdConflictError,
+    InvalidAppendError,
+    OverloadedError,
+    RevisionConflictError,
+    UnavailableError,
+    UnknownStreamError,
+)
+
+log = structlog.get_logger(__name__)
+
+#: Appends and bytes that may wait in one process; beyond, appends are refused at once.
+MAX_WAITING = 10_000
+MAX_WAITING_BYTES = 128 * 1024 * 1024
+#: A group has at most this many events and bytes (but always one append).
+GROUP_EVENTS = 2000
+GROUP_BYTES = 4 * 1024 * 1024
+#: Seconds that an append may wait for PostgreSQL before it is given up as unavailable.
+PATIENCE = 10.0
+#: A page of a read has at most this many events, and about this many bytes as they are stored.
+PAGE_EVENTS = 1000
+PAGE_BYTES = 2 * 1024 * 1024
+#: Seconds between two looks at the catalog, and the least between two that unknown names ask for.
+REFRESH = 5.0
+REFRESH_ON_MISS = 0.25
+#: Seconds that notifications are held together after one was sent.
+_NOTIFY_GAP = 0.005
+#: Seconds before a group is tried again: at first, and at most.
+_BACK_OFF = (0.05, 1.0)
+_MAX = 2**63 - 1
+
+_NOT_SERVED = "RF001"
+#: Errors that a later attempt may not meet: the server stops, starts, fails over, is full, or ended a deadlock.
+_TRANSIENT = ("08", "40", "53", "57")
+#: Errors that lie in what was sent.
+_GUILTY = ("22", "23", "54", "RF")
+
+
+class AppendResult(NamedTuple):
+    """What an append did.
+
+    `revision` and `position` are its last event's; `token` makes a read wait for it; `replayed` says that the events
+    were there already, from an earlier attempt.
+    """
+
+    revision: int
+    partition: int
+    position: int
+    token: str
+    replayed: bool
+
+
+class _Waiting(NamedTuple):
+    append: Append
+    expected: ExpectedRevision
+    since: float
+    outcome: asyncio.Future[AppendResult]
+
+
+class EventStore:
+    """Appends to and reads from the streams of one store.
+
+    Get one by `await EventStore.open(dsn)`; it is an async context manager. All methods may be called concurrently.
+    """
+
+    def __init__(self, dsn: str, *, limits: Limits, write_connections: int, read_connections: int) -> None:
+        self.limits = limits
+        self._write = Connections(dsn, size=write_connections, application="refold-eventstore-append")
+        self._read = Connections(dsn, size=read_connections, application="refold-eventstore-read")
+        self._control = Connections(dsn, size=2, application="refold-eventstore")
+        self._lanes: dict[tuple[str, str], _Lane] = {}
+        self._refreshed = -REFRESH
+        self._refused: str | None = None
+        self._refreshing = asyncio.Lock()
+        self._waiting = 0
+        self._waiting_bytes = 0
+        self._appended: set[int] = set()
+        self._appended_some = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._running: set[asyncio.Task[None]] = set()
+        self._closing = False
+
+    @classmethod
+    async def open(
+        cls, dsn: str, *, limits: Limits | None = None, write_connections: int = 8, read_connections: int = 4
+    ) -> Self:
+        """Return a store that is connected to the database of `dsn` as the store's service role.
+
+        Raises:
+            NotInstalledError: the database holds no store.
+            UnavailableError: the database can't be reached.
+        """
+        store = cls(
+            dsn, limits=limits or Limits(), write_connections=write_connections, read_connections=read_connections
+        )
+        try:
+            await store._refresh()
+        except BaseException:
+            await store.close()
+            raise
+        store.start()
+        return store
+
+    def start(self) -> None:
+        """Begin the work in the background; for a store that wasn't made by `open` and may find its database later."""
+        self._tasks = [asyncio.create_task(self._refresh_for_ever()), asyncio.create_task(self._notify_for_ever())]
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Finish the appends that wait, refuse new ones, and close the connections."""
+        self._closing = True
+        if self._running:
+            await asyncio.wait(self._running)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._appended:
+            with contextlib.suppress(psycopg.Error, TimeoutError):
+                async with asyncio.timeout(1):
+                    await self._notify()
+        for connections in (self._write, self._read, self._control):
+            await connections.close()
+
+    async def append(
+        self,
+        namespace: str,
+        name: str,
+        subject: str,
+        events: Sequence[NewEvent],
+        *,
+        expected_revision: ExpectedRevision = "any",
+    ) -> AppendResult:
+        """Append `events` to `subject`, all or none, and return when they are committed.
+
+        Repeated with the same ids, types and data it changes nothing and returns the first outcome as `replayed`.
+        Cancelling the caller takes the append back only while it waits for its transaction.
+
+        Args:
+            namespace: the stream's namespace.
+            name: the stream's name.
+            subject: what the events are about, 1 to 512 bytes.
+            events: at least one, at most `limits.append_events`.
+            expected_revision: the subject's revision before the append, or `none` (0), `exists` (over 0) or `any`.
+
+        Raises:
+            UnknownStreamError: there is no active stream of that name.
+            InvalidAppendError: a field isn't what it must be (TooLargeError: is over a limit).
+            RevisionConflictError: the subject isn't at the expected revision.
+            IdConflictError: ids are known with other content.
+            OverloadedError: too many appends wait.
+            UnavailableError: PostgreSQL couldn't be asked in time; whether it was appended is unknown.
+        """
+        try:
+            lane = await self._lane(namespace, name)
+            checked = appends.check(
+                subject,
+                events,
+                expected_revision=expected_revision,
+                partitions=lane.stream.partitions,
+                limits=self.limits,
+            )
+            if self._closing:
+                raise UnavailableError("the event store is stopping; the append wasn't taken, send it to another")
+            if self._waiting >= MAX_WAITING or self._waiting_bytes >= MAX_WAITING_BYTES:
+                raise OverloadedError(
+                    f"{self._waiting} appends of {self._waiting_bytes} bytes are waiting; this one wasn't taken, "
+                    "try again a little later"
+                )
+            self._waiting += 1
+            self._waiting_bytes += checked.size
+            metrics.WAITING.set(self._waiting)
+            outcome: asyncio.Future[AppendResult] = asyncio.get_running_loop().create_future()
+            try:
+                lane.add(_Waiting(checked, expected_revision, time.monotonic(), outcome))
+                return await outcome
+            finally:
+                self._waiting -= 1
+                self._waiting_bytes -= checked.size
+                metrics.WAITING.set(self._waiting)
+        except EventStoreError as error:
+            metrics.REFUSED.labels(type(error).__name__.removesuffix("Error")).inc()
+            raise
+
+    async def read_subject(
+        self,
+        namespace: str,
+        name: str,
+        subject: str,
+        *,
+        from_revision: int = 1,
+        to_revision: int | None = None,
+        until: dt.datetime | None = None,
+    ) -> AsyncIterator[Event]:
+        """Yield the subject's events in order of their revisions; none where it has no events.
+
+        Args:
+            namespace: the stream's namespace.
+            name: the stream's name.
+            subject: whose events.
+            from_revision: the first.
+            to_revision: the last, or None for all.
+            until: the last `recorded_at` that is wanted, or None for all.
+
+        Raises:
+            UnknownStreamError: there is no active stream of that name.
+            InvalidAppendError: the subject can't be one.
+            UnavailableError: PostgreSQL can't be reached.
+        """
+        lane = await self._lane(namespace, name)
+        appends.check_text("subject", subject, appends.MAX_SUBJECT_BYTES)
+        partition = appends.partition(subject, lane.stream.partitions)
+        limit = None if until is None else appends.utc(until)
+        revision = max(1, from_revision)
+        last = _MAX if to_revision is None else to_revision
+        while revision <= last:
+            page = await lane.read(lane.subject_page, [Int4(partition), subject, Int8(revision), Int8(last)])
+            for event in page:
+                if limit is not None and event.time > limit:
+                    return  # the later ones are later still: recorded_at never decreases in a partition
+                yield event
+            if not page:
+                return
+            revision = page[-1].revision + 1
+
+    async def read_partition(
+        self, namespace: str, name: str, partition: int, *, after: int = 0, limit: int | None = None
+    ) -> AsyncIterator[Event]:
+        """Yield the partition's events after position `after`, at most `limit`, in order, up to the head.
+
+        Raises:
+            UnknownStreamError: there is no active stream of that name, or no such partition of it.
+            UnavailableError: PostgreSQL can't be reached.
+        """
+        lane = await self._lane(namespace, name)
+        if not 0 <= partition < lane.stream.partitions:
+            raise UnknownStreamError(
+                f"stream {namespace}/{name} has the partitions 0 to {lane.stream.partitions - 1}, not {partition}"
+            )
+        position = after
+        left = limit
+        while left is None or left > 0:
+            most = PAGE_EVENTS if left is None else min(left, PAGE_EVENTS)
+            page = await lane.read(lane.partition_page, [Int4(partition), Int8(position), Int8(most)])
+            for event in page:
+                yield event
+            if not page:
+                return
+            position = page[-1].position
+            if left is not None:
+                left -= len(page)
+
+    async def stream(self, namespace: str, name: str) -> Stream:
+        """Return the active stream of that name.
+
+        Raises:
+            UnknownStreamError: there is none.
+            UnavailableError: it isn't known, and PostgreSQL can't be reached.
+        """
+        return (await self._lane(namespace, name)).stream
+
+    async def ping(self) -> None:
+        """Return if the database answers now and holds a store.
+
+        Raises:
+            NotInstalledError: it holds none.
+            UnavailableError: it doesn't answer.
+        """
+        async with self._reaching(), asyncio.timeout(3), self._control.lend() as conn:
+            await catalog.store_id(conn)
+
+    async def _lane(self, namespace: str, name: str) -> "_Lane":
+        lane = self._lanes.get((namespace, name))
+        if lane is None:
+            async with self._refreshing:
+                if self._refreshed < time.monotonic() - REFRESH_ON_MISS:
+                    await self._refresh()
+                elif self._refused is not None:
+                    raise UnavailableError(self._refused)
+            lane = self._lanes.get((namespace, name))
+        if lane is None:
+            raise UnknownStreamError(f"the store has no active stream {namespace}/{name}; is its EventStream Ready?")
+        return lane
+
+    async def _refresh(self) -> None:
+        """Read the catalog; remember when, and what came of it, since every unknown name asks for it."""
+        try:
+            async with self._reaching(), asyncio.timeout(10), self._control.lend() as conn:
+                streams = {(s.namespace, s.name): s for s in await catalog.list_streams(conn) if s.state == "active"}
+            self._refused = None
+        except EventStoreError as error:
+            self._refused = str(error)
+            raise
+        finally:
+            self._refreshed = time.monotonic()
+        for key in self._lanes.keys() - streams.keys():
+            del self._lanes[key]  # appends that wait in the lane are still answered by it
+        for key, stream in streams.items():
+            lane = self._lanes.get(key)
+            if lane is None or lane.stream.stream != stream.stream:
+                self._lanes[key] = _Lane(self, stream)
+            else:
+                lane.stream = stream
+
+    async def _refresh_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(REFRESH * random.uniform(0.8, 1.2))  # noqa: S311 (spreads load, guards nothing)
+            try:
+                async with self._refreshing:
+                    await self._refresh()
+            except EventStoreError as error:
+                log.warning("The catalog can't be read; the known streams are served on", error=str(error))
+
+    def appended(self, stream: Stream) -> None:
+        """Note that `stream` has new events, committed now."""
+        self._appended.add(stream.stream)
+        self._appended_some.set()
+
+    async def _notify_for_ever(self) -> None:
+        """Tell listeners of appends, after commit and on another connection.
+
+        Inside the appends' transactions NOTIFY would serialise the commits of the whole database. A notification that
+        is lost costs the listener one interval of its slow poll.
+        """
+        while True:
+            await self._appended_some.wait()
+            try:
+                await self._notify()
+                await asyncio.sleep(_NOTIFY_GAP)
+            except psycopg.Error as error:
+                log.warning("Listeners can't be told of appends; they find them by their poll", error=str(error))
+                await asyncio.sleep(1)
+
+    async def _notify(self) -> None:
+        streams = [str(stream) for stream in self._appended]
+        self._appended.clear()
+        self._appended_some.clear()
+        async with self._control.lend() as conn:
+            await conn.execute(
+                "select pg_notify(%s, payload) from unnest(%s::text[]) as payload",
+                [names.APPENDED_CHANNEL, streams if len(streams) <= 100 else [""]],
+            )
+
+    @contextlib.asynccontextmanager
+    async def _reaching(self) -> AsyncIterator[None]:
+        """Turn what PostgreSQL's absence raises into an UnavailableError."""
+        try:
+            yield
+        except (psycopg.OperationalError, TimeoutError, OSError) as error:
+            raise UnavailableError(
+                f"the event store's PostgreSQL can't be asked: {error or 'no answer in time'}"
+            ) from error
+
+
+class _Lane:
+    """One stream: the appends that wait for it, and the one transaction that is in flight."""
+
+    def __init__(self, store: EventStore, stream: Stream) -> None:
+        self.stream = stream
+        self._running = False
+        self._store = store
+        self._waiting: collections.deque[_Waiting] = collections.deque()
+        schema = sql.Identifier(stream.schema)
+        self._append = (
+            sql.SQL(
+                "select outcomes, revisions, positions from {}.append_group("
+                "%b::int, %b::text[], %b::int[], %b::bigint[], %b::int[], "
+                "%b::int[], %b::text[], %b::text[], %b::text[], %b::jsonb[], %b::jsonb[])"
+            )
+            .format(schema)
+            .as_string()
+        )
+        page = (
+            "select partition, position, subject, revision, id, type, recorded_at, data, metadata from ("
+            "select *, sum(pg_column_size(data) + coalesce(pg_column_size(metadata), 0)) over (order by {key}) "
+            "- pg_column_size(data) as size_before from {schema}.events where {where} order by {key} limit {limit}"
+            ") page where size_before < {bytes}"
+        )
+        self.subject_page = (
+            sql.SQL(page)
+            .format(
+                schema=schema,
+                key=sql.SQL("revision"),
+                where=sql.SQL("partition = %b and subject = %b and revision between %b and %b"),
+                limit=PAGE_EVENTS,
+                bytes=PAGE_BYTES,
+            )
+            .as_string()
+        )
+        self.partition_page = (
+            sql.SQL(page)
+            .format(
+                schema=schema,
+                key=sql.SQL("position"),
+                where=sql.SQL("partition = %b and position > %b"),
+                limit=sql.SQL("%b"),
+                bytes=PAGE_BYTES,
+            )
+            .as_string()
+        )
+        label = f"{stream.namespace}/{stream.name}"
+        self._appended = metrics.APPENDED.labels(label)
+        self._replayed = metrics.REPLAYED.labels(label)
+
+    def add(self, waiting: _Waiting) -> None:
+        self._waiting.append(waiting)
+        if not self._running:
+            self._running = True
+            task = asyncio.create_task(self._run())
+            self._store._running.add(task)
+            task.add_done_callback(self._store._running.discard)
+
+    async def read(self, query: str, arguments: Sequence[Any]) -> list[Event]:
+        """Return one page, read in a transaction of its own."""
+        try:
+            async with self._store._reaching(), self._store._read.lend() as conn:
+                cursor = conn.cursor(binary=True, row_factory=args_row(Event))
+                await cursor.execute(query.encode(), arguments, prepare=True)
+                return await cursor.fetchall()
+        except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName) as error:
+            raise self._gone() from error
+
+    def _gone(self) -> UnknownStreamError:
+        return UnknownStreamError(
+            f"stream {self.stream.namespace}/{self.stream.name} isn't active any more; is its EventStream Ready?"
+        )
+
+    async def _run(self) -> None:
+        """Commit group after group until nobody waits."""
+        group: list[_Waiting] = []
+        try:
+            while self._waiting:
+                group = self._take()
+                await self._settle(group)
+        finally:
+            self._running = False
+            # Nobody is left waiting, whatever went wrong here.
+            self._fail([*group, *self._waiting], EventStoreError("the event store failed unexpectedly, see its log"))
+            self._waiting.clear()
+
+    def _take(self) -> list[_Waiting]:
+        """Take the appends of the next group, in the order in which they came."""
+        group: list[_Waiting] = []
+        events = size = 0
+        while self._waiting:
+            if self._waiting[0].outcome.cancelled():
+                self._waiting.popleft()  # its caller left before the transaction
+                continue
+            append = self._waiting[0].append
+            events += len(append.ids)
+            size += append.size
+            if group and (events > GROUP_EVENTS or size > GROUP_BYTES):
+                break
+            group.append(self._waiting.popleft())
+        return group
+
+    async def _settle(self, group: list[_Waiting]) -> None:
+        """Give each append of the group its outcome."""
+        attempt = 0
+        while group:
+            try:
+                begin = time.perf_counter()
+                rows = await self._commit(group)
+                metrics.COMMIT.observe(time.perf_counter() - begin)
+            except (psycopg.Error, OSError) as error:
+                state = getattr(error, "sqlstate", None) or ""
+                if state == _NOT_SERVED or isinstance(
+                    error, psycopg.errors.InvalidSchemaName | psycopg.errors.UndefinedFunction
+                ):
+                    self._fail(group, self._gone())
+                    self._store._lanes.pop((self.stream.namespace, self.stream.name), None)
+                    return
+                if state.startswith(_GUILTY):
+                    if len(group) == 1:
+                        self._fail(group, InvalidAppendError("events", f"PostgreSQL refused it: {error}"))
+                        return
+                    middle = len(group) // 2
+                    await self._settle(group[:middle])
+                    group = group[middle:]
+                    continue
+                if not isinstance(error, psycopg.OperationalError | OSError) and not state.startswith(_TRANSIENT):
+                    log.error("A group of appends failed unexpectedly", stream=self.stream.schema, exc_info=error)
+                    self._fail(group, EventStoreError(f"PostgreSQL answered what was not foreseen ({state or error})"))
+                    return
+                metrics.RETRIES.inc()
+                late = time.monotonic() - PATIENCE
+                self._fail(
+                    [waiting for waiting in group if waiting.since < late],
+                    UnavailableError(
+                        f"PostgreSQL couldn't be asked for {PATIENCE:g} s: {error}; whether the events were appended "
+                        "is unknown, repeat the append with the same ids"
+                    ),
+                )
+                group = [waiting for waiting in group if waiting.since >= late]
+                least, most = _BACK_OFF
+                await asyncio.sleep(min(most, least * 2**attempt) * random.uniform(0.5, 1))  # noqa: S311 (spreads load)
+                attempt += 1
+            else:
+                self._answer(group, rows)
+                return
+
+    async def _commit(self, group: list[_Waiting]) -> tuple[list[int], list[int], list[int | None]]:
+        """Run the group's transaction; return outcomes, revisions and positions."""
+        metrics.GROUP.observe(len(group))
+        parts = [waiting.append for waiting in group]
+        counts = [len(part.ids) for part in parts]
+        arguments = [
+            Int4(self.stream.stream),
+            arrays.text_array([part.subject_element for part in parts]),
+            arrays.int4_array([part.partition for part in parts]),
+            arrays.int8_array([part.expected for part in parts]),
+            arrays.int4_array(counts),
+            arrays.int4_array([n for n, count in enumerate(counts, 1) for _ in range(count)]),
+            arrays.text_array([part.subject_element for part in parts for _ in part.ids]),
+            arrays.text_array([element for part in parts for element in part.ids]),
+            arrays.text_array([element for part in parts for element in part.types]),
+            arrays.jsonb_array([element for part in parts for element in part.data]),
+            arrays.jsonb_array([element for part in parts for element in part.metadata]),
+        ]
+        async with self._store._write.lend() as conn:
+            cursor = conn.cursor(binary=True)
+            await cursor.execute(self._append.encode(), arguments, prepare=True)
+            row: tuple[list[int], list[int], list[int | None]] | None = await cursor.fetchone()
+        assert row is not None, "a function with out parameters gives one row"
+        return row
+
+    def _answer(self, group: list[_Waiting], rows: tuple[list[int], list[int], list[int | None]]) -> None:
+        appended = replayed = 0
+        for waiting, outcome, revision, position in zip(group, *rows, strict=True):
+            append = waiting.append
+            if outcome <= 1:
+                assert position is not None, "an append that was accepted has a position"
+                if outcome == 0:
+                    appended += len(append.ids)
+                else:
+                    replayed += 1
+                token = tokens.encode([tokens.Position(self.stream.incarnation, append.partition, position)])
+                if not waiting.outcome.done():
+                    waiting.outcome.set_result(
+                        AppendResult(revision, append.partition, position, token, replayed=outcome == 1)
+                    )
+            elif outcome == 2:
+                self._fail([waiting], RevisionConflictError(append.subject, waiting.expected, revision))
+            else:
+                self._fail([waiting], IdConflictError(append.subject, revision))
+        if appended:
+            self._appended.inc(appended)
+            self._store.appended(self.stream)
+        if replayed:
+            self._replayed.inc(replayed)
+            # It may be this group's own first attempt that nobody told of.
+            self._store.appended(self.stream)
+
+    @staticmethod
+    def _fail(group: Sequence[_Waiting], error: EventStoreError) -> None:
+        for waiting in group:
+            if not waiting.outcome.done():
+                waiting.outcome.set_exception(error)
