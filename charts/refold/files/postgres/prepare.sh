@@ -4,6 +4,10 @@
 # The superuser has no password: it is the user of this container, over the socket.
 set -euo pipefail
 
+# A former pod may still run after a forced deletion.
+exec 9>"$PGDATA.lock"
+flock 9
+
 if [ ! -f "$PGDATA/PG_VERSION" ]; then
   rm -rf "$PGDATA.new"
   initdb --pgdata="$PGDATA.new" --username=postgres --auth-local=peer --auth-host=scram-sha-256 \

@@ -1,0 +1,515 @@
+"""The Helm chart, rendered by helm: what it makes, what it refuses, and that it agrees with the code beside it."""
+
+import copy
+import functools
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "charts" / "refold"
+NAMESPACE = "refold-system"
+EMBEDDED: dict[str, Any] = {"embedded": {"enabled": True}}
+EXTERNAL: dict[str, Any] = {
+    "store": {"adminSecret": "my-store"},
+    "readStore": {"adminSecret": "my-read-store"},
+    "kafka": {"bootstrapServers": "kafka-0:9092,kafka-1:9092"},
+}
+BOTH = pytest.mark.parametrize("values", [EMBEDDED, EXTERNAL], ids=["embedded", "external"])
+
+Manifest = dict[str, Any]
+
+
+@functools.cache
+def helm_program() -> str:
+    cache = Path(os.environ.get("REFOLD_CACHE") or Path.home() / ".cache" / "refold")
+    found = shutil.which("helm", path=f"{cache / 'bin'}:{os.environ['PATH']}")
+    if found is None:
+        pytest.fail("the chart's tests need helm: `make tools` provides it (70 s once)", pytrace=False)
+    return found
+
+
+def helm(command: str, values: dict[str, Any], *options: str) -> subprocess.CompletedProcess[str]:
+    # a helm that was built from its Go module believes the cluster to be of version 1.20
+    return subprocess.run(
+        [helm_program(), *command.split(), CHART, "-n", NAMESPACE, "--kube-version=1.34.0", "--values=-", *options],
+        input=json.dumps(values), text=True, capture_output=True, check=False,
+    )  # fmt: skip
+
+
+@functools.cache
+def rendered(values: str) -> list[Manifest]:
+    result = helm("template refold", json.loads(values))
+    assert result.returncode == 0, result.stderr
+    return [document for document in yaml.load_all(result.stdout, yaml.CSafeLoader) if document]
+
+
+def render(values: dict[str, Any]) -> list[Manifest]:
+    return copy.deepcopy(rendered(json.dumps(values)))
+
+
+def refusal(values: dict[str, Any]) -> str:
+    result = helm("template refold", values)
+    assert result.returncode != 0, "the chart took the values"
+    return result.stderr
+
+
+def merged(*layers: dict[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            both = isinstance(value, dict) and isinstance(result.get(key), dict)
+            result[key] = merged(result[key], value) if both else copy.deepcopy(value)
+    return result
+
+
+def at(path: str, value: Any) -> dict[str, Any]:
+    """Return values with only `path` (dots between keys) set."""
+    result = value
+    for key in reversed(path.split(".")):
+        result = {key: result}
+    assert isinstance(result, dict)
+    return result
+
+
+def one(manifests: list[Manifest], kind: str, name: str) -> Manifest:
+    found = [m for m in manifests if m["kind"] == kind and m["metadata"]["name"] == name]
+    assert len(found) == 1, f"{len(found)} of {kind} {name}"
+    return found[0]
+
+
+def pods(manifests: list[Manifest]) -> Iterator[tuple[str, Manifest]]:
+    """Yield name and pod template of everything that makes pods."""
+    for manifest in manifests:
+        if "template" in manifest.get("spec", {}):
+            yield f"{manifest['kind']}/{manifest['metadata']['name']}", manifest["spec"]["template"]
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, dict) and key != "resources":
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+DEFAULTS = yaml.safe_load((CHART / "values.yaml").read_text())
+RESOURCES = {"requests": {"cpu": "7m"}, "limits": {"memory": "77Mi"}}
+#: Another than the default for every value, with what else must be set for it to matter.
+OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
+    "image.repository": ("registry.example/refold", EMBEDDED),
+    "image.tag": ("7", EMBEDDED),
+    "image.pullPolicy": ("Always", EMBEDDED),
+    "crds.install": (False, EMBEDDED),
+    "auth.existingSecret": ("my-token", EMBEDDED),
+    "store.adminSecret": ("other", EXTERNAL),
+    "readStore.adminSecret": ("other", EXTERNAL),
+    "kafka.bootstrapServers": ("other:9092", EXTERNAL),
+    "kafka.replicas": (3, EXTERNAL),
+    "operator.resources": (RESOURCES, EMBEDDED),
+    "eventstore.replicas": (1, EMBEDDED),
+    "eventstore.resources": (RESOURCES, EMBEDDED),
+    "eventstore.service.type": ("NodePort", EMBEDDED),
+    "eventstore.service.nodePort": (30080, merged(EMBEDDED, at("eventstore.service.type", "NodePort"))),
+    "relay.replicas": (1, EMBEDDED),
+    "relay.shards": (4, EMBEDDED),
+    "relay.resources": (RESOURCES, EMBEDDED),
+    "networkPolicy.enabled": (False, EMBEDDED),
+    "networkPolicy.apiServerPorts": ([8443], EMBEDDED),
+    "networkPolicy.postgresEgress": ([{"ports": [{"port": 5433}]}], EXTERNAL),
+    "networkPolicy.kafkaEgress": ([{"ports": [{"port": 9093}]}], EXTERNAL),
+    "networkPolicy.metricsFrom": ([{"namespaceSelector": {}}], EMBEDDED),
+    "embedded.enabled": (True, EXTERNAL),
+    "embedded.postgres.image": ("my/postgres:15", EMBEDDED),
+    "embedded.postgres.storage": ("7Gi", EMBEDDED),
+    "embedded.postgres.storageClassName": ("fast", EMBEDDED),
+    "embedded.postgres.resources": (RESOURCES, EMBEDDED),
+    "embedded.kafka.image": ("my/kafka:4", EMBEDDED),
+    "embedded.kafka.storage": ("7Gi", EMBEDDED),
+    "embedded.kafka.storageClassName": ("fast", EMBEDDED),
+    "embedded.kafka.heap": ("77m", EMBEDDED),
+    "embedded.kafka.resources": (RESOURCES, EMBEDDED),
+}
+
+
+def without_random(manifests: list[Manifest]) -> list[Manifest]:
+    result = copy.deepcopy(manifests)
+    for manifest in result:
+        manifest.pop("stringData", None)
+    for _, template in pods(result):
+        template["metadata"].get("annotations", {}).pop("checksum/password", None)
+    return result
+
+
+# --- the chart as a whole ---
+
+
+@BOTH
+def test_helm_lint_finds_nothing(values: dict[str, Any]) -> None:
+    result = helm("lint", values, "--strict")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_chart_and_application_have_the_version_of_the_package() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    version = importlib.import_module("refold").__version__
+    assert (chart["version"], chart["appVersion"]) == (version, version)
+
+
+@BOTH
+def test_everything_is_in_the_release_namespace_and_named_after_refold(values: dict[str, Any]) -> None:
+    cluster_wide = {"ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition"}
+    for manifest in render(values):
+        if manifest["kind"] != "CustomResourceDefinition":
+            assert manifest["metadata"]["name"].startswith("refold-"), manifest["metadata"]
+        if manifest["kind"] not in cluster_wide:
+            assert manifest["metadata"]["namespace"] == NAMESPACE, manifest["metadata"]
+
+
+# --- values ---
+
+
+def test_every_value_has_a_test_that_it_is_used() -> None:
+    assert set(leaves(DEFAULTS)) == set(OTHER)
+
+
+@pytest.mark.parametrize("path", OTHER)
+def test_every_value_changes_what_is_rendered(path: str) -> None:
+    other, given = OTHER[path]
+    before = without_random(render(given))
+    after = without_random(render(merged(given, at(path, other))))
+    assert before != after
+
+
+@pytest.mark.parametrize("parent", ["", *sorted({path.rpartition(".")[0] for path in leaves(DEFAULTS)})])
+def test_an_unknown_value_is_refused(parent: str) -> None:
+    path = f"{parent}.typo".lstrip(".")
+    message = refusal(merged(EMBEDDED, at(path, 1)))
+    assert "typo" in message
+    assert "additional properties" in message.lower()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("eventstore.replicas", 0),
+        ("eventstore.replicas", "2"),
+        ("relay.shards", 0),
+        ("image.pullPolicy", "Sometimes"),
+        ("image.tag", "a b"),
+        ("kafka.bootstrapServers", "kafka"),
+        ("kafka.bootstrapServers", "kafka:9092, other:9092"),
+        ("eventstore.service.nodePort", 70000),
+        ("embedded.enabled", "yes"),
+        ("embedded.kafka.heap", "half"),
+        ("embedded.postgres.storage", "much"),
+        ("operator.resources", {"request": {}}),
+        ("store.adminSecret", "Not_A_Name"),
+    ],
+)
+def test_a_value_that_cant_be_is_refused_with_its_name(path: str, value: Any) -> None:
+    message = refusal(merged(EMBEDDED, at(path, value)))
+    assert path.replace(".", "/") in message.replace(".", "/")
+
+
+@pytest.mark.parametrize("path", ["store.adminSecret", "readStore.adminSecret", "kafka.bootstrapServers"])
+def test_a_missing_backend_is_named_with_what_to_give(path: str) -> None:
+    message = refusal(merged(EXTERNAL, at(path, "")))
+    assert f"{path} is missing: give" in message
+    assert "embedded.enabled=true" in message
+
+
+def test_topics_cant_have_more_replicas_than_the_embedded_kafka_has_brokers() -> None:
+    assert "the embedded Kafka has one broker" in refusal(merged(EMBEDDED, at("kafka.replicas", 2)))
+
+
+# --- CustomResourceDefinitions ---
+
+
+def crd_files() -> list[str]:
+    return sorted(path.name for path in (ROOT / "crds").glob("*.yaml"))
+
+
+def test_the_chart_carries_every_crd() -> None:
+    assert len(crd_files()) == 2
+    assert sorted(path.name for path in (CHART / "files" / "crds").iterdir()) == crd_files()
+
+
+@pytest.mark.parametrize("name", crd_files())
+def test_a_crd_in_the_chart_is_a_copy_of_the_repositorys(name: str) -> None:
+    same = (CHART / "files" / "crds" / name).read_bytes() == (ROOT / "crds" / name).read_bytes()
+    assert same, "crds/ was changed: run `cp crds/*.yaml charts/refold/files/crds/`"
+
+
+def test_rendered_crds_equal_the_repositorys_and_are_kept_on_uninstall() -> None:
+    wanted = [yaml.safe_load((ROOT / "crds" / name).read_text()) for name in crd_files()]
+    made = [m for m in render(EMBEDDED) if m["kind"] == "CustomResourceDefinition"]
+    for crd in made:
+        assert crd["metadata"]["annotations"].pop("helm.sh/resource-policy") == "keep"
+        if not crd["metadata"]["annotations"]:
+            del crd["metadata"]["annotations"]
+    assert sorted(made, key=str) == sorted(wanted, key=str)
+
+
+# --- pods ---
+
+
+@BOTH
+def test_every_pod_satisfies_the_restricted_pod_security_standard(values: dict[str, Any]) -> None:
+    templates = dict(pods(render(values)))
+    assert len(templates) == (6 if values is EMBEDDED else 4)
+    for name, template in templates.items():
+        spec = template["spec"]
+        security = spec["securityContext"]
+        assert security["runAsNonRoot"] is True, name
+        assert security["runAsUser"] > 0, name
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        assert not any(spec.get(field) for field in ("hostNetwork", "hostPID", "hostIPC")), name
+        for volume in spec["volumes"]:
+            assert set(volume) - {"name"} <= {"emptyDir", "configMap", "secret", "persistentVolumeClaim"}, name
+        for container in [*spec.get("initContainers", []), *spec["containers"]]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }, name
+            assert not any("hostPort" in port for port in container.get("ports", [])), name
+
+
+@BOTH
+def test_every_container_has_resources_and_every_long_running_one_probes(values: dict[str, Any]) -> None:
+    for name, template in pods(render(values)):
+        for container in [*template["spec"].get("initContainers", []), *template["spec"]["containers"]]:
+            assert container["resources"]["requests"]["memory"], name
+            assert container["resources"]["limits"]["memory"], name
+        if not name.startswith("Job/"):
+            for container in template["spec"]["containers"]:
+                assert {"startupProbe", "livenessProbe", "readinessProbe"} <= set(container), name
+
+
+@BOTH
+def test_no_pod_gets_variables_named_after_services(values: dict[str, Any]) -> None:
+    # a Service named refold would set REFOLD_PORT=tcp://…
+    for name, template in pods(render(values)):
+        assert template["spec"]["enableServiceLinks"] is False, name
+
+
+@BOTH
+def test_only_operator_and_uninstall_hook_may_speak_to_the_api_server(values: dict[str, Any]) -> None:
+    with_token = {name for name, pod in pods(render(values)) if pod["spec"].get("automountServiceAccountToken", True)}
+    assert with_token == {"Deployment/refold-operator", "Job/refold-uninstall"}
+
+
+@BOTH
+def test_selectors_find_the_pods_of_their_own_component_only(values: dict[str, Any]) -> None:
+    manifests = render(values)
+    labels = {name: template["metadata"]["labels"] for name, template in pods(manifests)}
+
+    def found(selector: dict[str, str]) -> list[str]:
+        return [name for name, has in labels.items() if selector.items() <= has.items()]
+
+    for manifest in manifests:
+        name = f"{manifest['kind']}/{manifest['metadata']['name']}"
+        if manifest["kind"] == "Service":
+            assert [pod.split("/")[1] for pod in found(manifest["spec"]["selector"])] == [manifest["metadata"]["name"]]
+        elif name in labels and manifest["kind"] != "Job":
+            assert found(manifest["spec"]["selector"]["matchLabels"]) == [name]
+        elif manifest["kind"] == "PodDisruptionBudget":
+            assert found(manifest["spec"]["selector"]["matchLabels"]) == [f"Deployment/{manifest['metadata']['name']}"]
+
+
+def test_a_new_chart_version_alone_restarts_no_pod() -> None:
+    for _, template in pods(render(EMBEDDED)):
+        assert not {"helm.sh/chart", "app.kubernetes.io/version"} & set(template["metadata"]["labels"])
+
+
+@BOTH
+@pytest.mark.parametrize("process", ["operator", "relay"])
+def test_the_variables_of_a_process_are_those_that_its_settings_know(process: str, values: dict[str, Any]) -> None:
+    module = "refold_operator.settings" if process == "operator" else f"refold.{process}.settings"
+    settings = importlib.import_module(module).Settings
+    prefix = settings.model_config["env_prefix"]
+    known = {f"{prefix}{name}".upper(): field for name, field in settings.model_fields.items()}
+    (container,) = one(render(values), "Deployment", f"refold-{process}")["spec"]["template"]["spec"]["containers"]
+    given = [variable["name"] for variable in container["env"]]
+    assert set(given) <= set(known)
+    assert {name for name, field in known.items() if field.is_required()} <= set(given)
+    assert len(given) == len(set(given))
+    assert container["args"] == [process]
+    assert known["REFOLD_PORT"].default == container["ports"][0]["containerPort"]
+
+
+def test_backends_that_are_given_are_used() -> None:
+    manifests = render(EXTERNAL)
+    (operator,) = one(manifests, "Deployment", "refold-operator")["spec"]["template"]["spec"]["containers"]
+    variables = {variable["name"]: variable for variable in operator["env"]}
+    secret = variables["REFOLD_STORE_ADMIN_DSN"]["valueFrom"]["secretKeyRef"]
+    read_secret = variables["REFOLD_READSTORE_ADMIN_DSN"]["valueFrom"]["secretKeyRef"]
+    assert (secret, read_secret) == ({"name": "my-store", "key": "dsn"}, {"name": "my-read-store", "key": "dsn"})
+    assert variables["REFOLD_KAFKA_BOOTSTRAP"]["value"] == EXTERNAL["kafka"]["bootstrapServers"]
+    assert not [m for m in manifests if m["kind"] in {"StatefulSet", "ConfigMap"}]
+    assert [m["metadata"]["name"] for m in manifests if m["kind"] == "Secret"] == ["refold-token"]
+
+
+def test_one_replica_gets_no_disruption_budget() -> None:
+    values = merged(EMBEDDED, at("eventstore.replicas", 1), at("relay.replicas", 1))
+    assert "PodDisruptionBudget" in {m["kind"] for m in render(EMBEDDED)}
+    assert "PodDisruptionBudget" not in {m["kind"] for m in render(values)}
+
+
+# --- secrets ---
+
+
+def test_one_password_stands_in_all_secrets_of_the_embedded_postgres() -> None:
+    manifests = render(EMBEDDED)
+    password = one(manifests, "Secret", "refold-postgres")["stringData"]["password"]
+    assert re.fullmatch(r"[A-Za-z0-9]{32}", password)
+    host = f"refold_admin:{password}@refold-postgres.{NAMESPACE}.svc:5432"
+    assert one(manifests, "Secret", "refold-store-admin")["stringData"]["dsn"] == f"postgresql://{host}/refold_store"
+    assert one(manifests, "Secret", "refold-readstore-admin")["stringData"]["dsn"] == f"postgresql://{host}/refold_read"
+    assert one(manifests, "Secret", "refold-token")["stringData"]["token"] != password
+
+
+def test_a_token_of_ones_own_is_used_everywhere_and_none_is_made() -> None:
+    manifests = render(merged(EMBEDDED, at("auth.existingSecret", "my-token")))
+    assert "refold-token" not in json.dumps(manifests)
+    for process in ("operator", "eventstore"):
+        (container,) = one(manifests, "Deployment", f"refold-{process}")["spec"]["template"]["spec"]["containers"]
+        (token,) = [variable for variable in container["env"] if variable["name"] == "REFOLD_TOKEN"]
+        assert token["valueFrom"] == {"secretKeyRef": {"name": "my-token", "key": "token"}}
+
+
+# --- rights ---
+
+
+def test_the_operator_has_the_rights_that_its_readme_names_and_no_others() -> None:
+    readme = (ROOT / "operator" / "refold_operator" / "README.md").read_text()
+    (block,) = re.findall(r"```yaml\n(rules:.*?)```", readme, re.DOTALL)
+
+    def rights(rules: list[dict[str, list[str]]]) -> set[tuple[str, str, str]]:
+        return {
+            (group, resource, verb)
+            for rule in rules
+            for group in rule["apiGroups"]
+            for resource in rule["resources"]
+            for verb in rule["verbs"]
+        }
+
+    role = one(render(EMBEDDED), "ClusterRole", "refold-operator")
+    assert rights(role["rules"]) == rights(yaml.safe_load(block)["rules"])
+
+
+@BOTH
+def test_no_role_has_a_wildcard(values: dict[str, Any]) -> None:
+    roles = [m for m in render(values) if m["kind"] in {"Role", "ClusterRole"}]
+    assert roles
+    for role in roles:
+        for rule in role["rules"]:
+            assert not [value for values_ in rule.values() for value in values_ if "*" in value]
+
+
+# --- network policies ---
+
+
+@BOTH
+def test_every_pod_is_denied_all_but_what_a_policy_of_its_own_allows(values: dict[str, Any]) -> None:
+    manifests = render(values)
+    policies = [m["spec"] for m in manifests if m["kind"] == "NetworkPolicy"]
+    for name, template in pods(manifests):
+        labels = template["metadata"]["labels"]
+        matching = [p for p in policies if p["podSelector"]["matchLabels"].items() <= labels.items()]
+        assert len(matching) == 2, name
+        assert all(policy["policyTypes"] == ["Ingress", "Egress"] for policy in matching)
+        deny = [policy for policy in matching if not policy.get("ingress") and not policy.get("egress")]
+        assert len(deny) == 1, name
+
+
+def test_network_policies_allow_the_arrows_of_the_data_flow_only() -> None:
+    manifests = render(EMBEDDED)
+    labels = {name: template["metadata"]["labels"] | {"namespace": NAMESPACE} for name, template in pods(manifests)} | {
+        "projector of a tenant": {"app.kubernetes.io/part-of": "refold", "namespace": "shop"},
+        "stranger": {"namespace": "shop"},
+    }
+
+    def matches(peer: dict[str, Any], pod: dict[str, str]) -> bool:
+        same = peer.get("namespaceSelector") == {} or pod["namespace"] == NAMESPACE
+        return same and peer["podSelector"]["matchLabels"].items() <= pod.items()
+
+    def allowed(rules: list[dict[str, Any]], direction: str, other: str, port: int | str) -> bool:
+        return any(
+            (direction not in rule or any(matches(peer, labels[other]) for peer in rule[direction]))
+            and ("ports" not in rule or port in [entry["port"] for entry in rule["ports"]])
+            for rule in rules
+        )
+
+    policies = {m["metadata"]["name"]: m["spec"] for m in manifests if m["kind"] == "NetworkPolicy"}
+    servers: dict[str, int | str] = {
+        "StatefulSet/refold-postgres": 5432,
+        "StatefulSet/refold-kafka": 9092,
+        "Deployment/refold-eventstore": "http",
+    }
+    arrows = set()
+    for client in labels:
+        for server, port in servers.items():
+            leaves_ = client in {"projector of a tenant", "stranger"} or allowed(
+                policies[client.split("/")[1]].get("egress") or [], "to", server, port
+            )
+            if leaves_ and allowed(policies[server.split("/")[1]]["ingress"], "from", client, port):
+                arrows.add((client.split("/")[-1], server.split("/")[-1]))
+    assert arrows == {
+        ("refold-operator", "refold-postgres"),
+        ("refold-operator", "refold-kafka"),
+        ("refold-eventstore", "refold-postgres"),
+        ("refold-relay", "refold-postgres"),
+        ("refold-relay", "refold-kafka"),
+        ("projector of a tenant", "refold-postgres"),
+        ("projector of a tenant", "refold-kafka"),
+        ("projector of a tenant", "refold-eventstore"),
+        ("stranger", "refold-eventstore"),
+    }
+
+
+# --- embedded backends ---
+
+
+def test_the_public_kafka_image_is_of_the_version_that_our_image_has() -> None:
+    pom = (ROOT / "images" / "kafka" / "pom.xml").read_text()
+    (version,) = re.findall(r"<kafka.version>(.*?)</kafka.version>", pom)
+    assert DEFAULTS["embedded"]["kafka"]["image"].endswith(f"/kafka:{version}")
+
+
+def test_the_public_postgres_image_is_of_the_version_that_our_image_has() -> None:
+    dockerfile = (ROOT / "images" / "postgres" / "Dockerfile").read_text()
+    (version,) = set(re.findall(r"postgresql-(\d+)", dockerfile))
+    assert DEFAULTS["embedded"]["postgres"]["image"].endswith(f"/postgres:{version}")
+
+
+def test_the_embedded_postgres_keeps_its_durability() -> None:
+    settings = one(render(EMBEDDED), "ConfigMap", "refold-postgres")["data"]["postgresql.conf"]
+    assert not re.search(r"^\s*(fsync|full_page_writes|synchronous_commit)\s*=", settings, re.MULTILINE)
+
+
+def test_the_embedded_kafka_advertises_the_address_that_clients_are_given() -> None:
+    manifests = render(EMBEDDED)
+    properties = one(manifests, "ConfigMap", "refold-kafka")["data"]["server.properties"]
+    (relay,) = one(manifests, "Deployment", "refold-relay")["spec"]["template"]["spec"]["containers"]
+    (bootstrap,) = [variable["value"] for variable in relay["env"] if variable["name"] == "REFOLD_KAFKA_BOOTSTRAP"]
+    assert bootstrap == f"refold-kafka.{NAMESPACE}.svc:9092"
+    assert f"advertised.listeners=CLIENT://{bootstrap}," in properties
+    assert "auto.create.topics.enable=false" in properties
+
+
+def test_start_scripts_pass_shellcheck() -> None:
+    scripts = sorted(CHART.glob("files/*/*.sh"))
+    assert len(scripts) == 3
+    result = subprocess.run([ROOT / ".venv/bin/shellcheck", *scripts], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
