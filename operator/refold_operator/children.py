@@ -6,6 +6,7 @@ All pods meet the Pod Security Standard `restricted`, have a read-only root file
 import base64
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ COMPONENT_LABEL = "app.kubernetes.io/component"
 
 PORT = 8080
 _SECRET_HASH = "refold.dev/secret-hash"  # noqa: S105 - an annotation's name
+_WISH = "refold.dev/wish"
 _USER = 65532
 # SIGTERM lets a process finish what it acknowledged: 25 s in refold.web.server, some more for what comes before it.
 _GRACE_SECONDS = 35
@@ -125,6 +127,20 @@ def projector_selector(owner: Projection, version: str) -> str:
     """Return the label selector of one version's projectors."""
     labels = _selector(_labels(owner, "projector", version))
     return ",".join(f"{name}={value}" for name, value in sorted(labels.items()))
+
+
+def stamped(manifest: Manifest) -> Manifest:
+    """Return `manifest` with an annotation that tells one wish of the operator from another."""
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+    metadata = manifest["metadata"]
+    annotations = {**metadata.get("annotations", {}), _WISH: digest}
+    return {**manifest, "metadata": {**metadata, "annotations": annotations}}
+
+
+def same_wish(child: Mapping[str, Any], manifest: Manifest) -> bool:
+    """Tell whether `child` was last applied for the same wish; then, if it differs, someone else has changed it."""
+    wish = child["metadata"].get("annotations", {}).get(_WISH)
+    return wish is not None and wish == manifest["metadata"]["annotations"][_WISH]
 
 
 def owned_by(child: Mapping[str, Any], owner: Projection) -> bool:

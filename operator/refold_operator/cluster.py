@@ -74,7 +74,8 @@ class Cluster:
         """Return the objects that `selector` (labels) chooses, of one or all namespaces."""
         answer = await self._request("GET", kind, namespace, query={"labelSelector": selector} if selector else {})
         assert answer is not None
-        return [item | {"kind": kind} for item in answer["items"]]
+        # The items of a list don't repeat what they are.
+        return [item | {"apiVersion": answer["apiVersion"], "kind": kind} for item in answer["items"]]
 
     async def apply(self, manifest: Mapping[str, Any]) -> Object:
         """Apply `manifest` server-side, taking its fields over from other managers, and return the object."""

@@ -1,5 +1,6 @@
 """Connections to a PostgreSQL database as its administrator, and what its errors mean for a reconcile."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -54,7 +55,9 @@ class Database:
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._pool.close()
+        # kopf, when it stops, cancels all tasks that were begun after it, the pool's own among them.
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._pool.close()
 
     @contextlib.asynccontextmanager
     async def connection(self) -> AsyncIterator[AsyncConnection[Any]]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 
 import kopf
@@ -102,7 +103,17 @@ async def _wait_for_our_kinds(cluster: Cluster) -> None:
         await asyncio.sleep(1)
 
 
+def _plain(record: logging.LogRecord) -> bool:
+    """Take from kopf's records what is no news: its whole settings in every line."""
+    for extra in ("settings", "k8s_skip"):
+        record.__dict__.pop(extra, None)
+    return True
+
+
 def main() -> None:
     """Run the operator; settings come from the environment."""
     logs.configure("operator")
+    logging.getLogger("kopf").setLevel(logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_plain)
     asyncio.run(run(Settings()))  # type: ignore[call-arg]  # required settings come from the environment

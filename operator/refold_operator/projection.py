@@ -235,7 +235,7 @@ async def _apply(projection: Projection, around: Surroundings, version: str, fou
             for kind in ("Secret", "Service", "Deployment")
             for child in await around.cluster.list(kind, namespace, selector=_children_of(projection))
         }
-        for manifest in wanted:
+        for manifest in map(children.stamped, wanted):
             identity = (manifest["kind"], manifest["metadata"]["name"])
             known = there.get(identity)
             if known is None or not cluster.covers(known, manifest):
@@ -256,15 +256,27 @@ async def _apply_one(
             f"the {kind} {name} exists and isn't this Projection's; delete or rename it",
         )
     applied = await around.cluster.apply(manifest)
-    # An apply that leaves the object as it was only puts a value in the API server's own words (quantities).
-    changed = known is None or known["metadata"]["resourceVersion"] != applied["metadata"]["resourceVersion"]
-    if changed:
-        _log.info("applied", kind=kind, namespace=manifest["metadata"]["namespace"], name=name)
-        if projection.status.get("observedGeneration") == projection.metadata.generation and projection.status.get(
-            "live"
-        ):
-            found.append(f"{kind} {name}")
+    if known is None:
+        drifted = _was_there(projection, manifest)
+    else:
+        # An apply that leaves the object as it was only says a value in the API server's own words (quantities).
+        drifted = children.same_wish(known, manifest) and _revision(known) != _revision(applied)
+    if drifted:
+        found.append(f"{kind} {name}")
+    _log.info("applied", kind=kind, namespace=manifest["metadata"]["namespace"], name=name, drifted=drifted)
     return applied
+
+
+def _was_there(projection: Projection, manifest: Object) -> bool:
+    """Tell whether the status says that this object had been made before."""
+    live = projection.status.get("live", {}).get("version")
+    version = manifest["metadata"]["labels"].get(children.VERSION_LABEL, live)
+    return live is not None and version == live
+
+
+def _revision(child: Object) -> object:
+    """Return what changes with an object's content, and not with its status where it has one."""
+    return child["metadata"].get("generation", child["metadata"]["resourceVersion"])
 
 
 async def _readable(around: Surroundings, refs: Sequence[StreamRef]) -> list[Stream]:

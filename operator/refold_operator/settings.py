@@ -12,7 +12,7 @@ from refold_operator.dsn import check
 class Settings(BaseSettings):
     """What the operator needs to know of its installation. Secrets never appear in logs or messages."""
 
-    model_config = SettingsConfigDict(env_prefix="REFOLD_")
+    model_config = SettingsConfigDict(env_prefix="REFOLD_", hide_input_in_errors=True)
 
     #: An administrator's DSN of the store's database: it installs schemas and makes roles.
     store_admin_dsn: SecretStr
