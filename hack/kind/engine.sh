@@ -8,7 +8,7 @@ set -euo pipefail
 docker info >/dev/null 2>&1 && exit 0
 
 if ! is_debian_root; then
-  die "no Docker engine answers: $(docker info 2>&1 >/dev/null | tail -n 1 || true)
+  die "no Docker engine answers: $(docker version --format '{{.Server.Version}}' 2>&1 | tail -n 1 || true)
 Start or install one and make sure that this user may use it. It is installed for you only on Debian, as root."
 fi
 
@@ -23,10 +23,11 @@ if [ -d /run/systemd/system ]; then
   say "starting Docker by systemd"
   systemctl start docker
 else
-  # After a hard end another process may have the number in these files, and dockerd would wait for that one.
+  # After a hard end another process (or the dead one, not reaped) may have the number in these files, and dockerd would
+  # give up or wait for that one.
   for pidfile in /var/run/docker.pid /var/run/docker/containerd/containerd.pid; do
     [ -f "$pidfile" ] || continue
-    case "$(cat "/proc/$(cat "$pidfile")/comm" 2>/dev/null || true)" in dockerd | containerd) ;; *) rm -f "$pidfile" ;; esac
+    case "$(readlink "/proc/$(cat "$pidfile")/exe" || true)" in */dockerd* | */containerd*) ;; *) rm -f "$pidfile" ;; esac
   done
   options=()
   # Bit 24 is CAP_SYS_RESOURCE. Where this machine lacks it, runc can't grant it to privileged containers (as kind's are).
