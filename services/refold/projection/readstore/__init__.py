@@ -22,6 +22,18 @@ class NotFoundError(ReadStoreError):
     """The projection or version isn't in the read store."""
 
 
+class MovedError(ReadStoreError):
+    """Another projector has moved a partition on; the batch is to be dropped and the positions read again."""
+
+
+class RefusedError(ReadStoreError):
+    """The read store can't hold a value that a batch would write; the message is the store's."""
+
+
+class UnavailableError(ReadStoreError):
+    """The read store can't be reached, or failed in a way that isn't the data's fault; it may come back."""
+
+
 class PartitionStatus(msgspec.Struct, frozen=True):
     """How far one version is in one partition of one stream."""
 

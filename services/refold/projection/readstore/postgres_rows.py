@@ -1,0 +1,464 @@
+"""The PostgreSQL read store as a projector sees it: rows, positions and parked events change in one transaction.
+
+How a batch is written (`PostgresRows.apply`):
+
+1. COPY of the changes into a temporary table, before any lock is held: a process that is frozen in the middle of a
+   COPY can't be timed out by the server, and must not keep others waiting.
+2. The positions of the batch's partitions are locked in order and compared with what the batch began from. Where
+   another owner has written in the meantime: `MovedError`, and nothing happens. From here on until the commit the
+   server ends the transaction of a frozen process after `idle_in_transaction_session_timeout`.
+3. One INSERT … ON CONFLICT DO UPDATE (or DELETE) for each shape of change, where a shape is which columns are set and
+   which are added to. Rows fed by several partitions have one shape, so that all projectors lock rows in the order of
+   their keys. `add` adds in SQL, and a column that is set has its stamp beside it, of which the later wins: no update
+   is lost whoever writes first.
+4. Parked events and the positions.
+
+The rows of one partition are only ever written by who holds the lock on its position, so that rows fed by one partition
+need no rule about concurrent writers.
+"""
+
+import datetime as dt
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, LiteralString, Never, cast
+
+import msgspec
+import psycopg
+from psycopg import sql
+from psycopg.rows import class_row
+
+from refold import names
+from refold.projection.definition import ColumnType, VersionDefinition, single_partition
+from refold.projection.fold import Parked, ParkedEvent, RowChange, Stamp
+from refold.projection.readstore import MovedError, NotFoundError, RefusedError, UnavailableError
+from refold.projection.readstore.postgres import TYPES, rows_table, stamp_column, stamped
+from refold.projection.values import Value
+
+#: Server-side limits of a projector's session. A frozen process (SIGSTOP, a paused VM) lets go of its locks within the
+#: idle time; no statement of a batch takes nearly as long as the statement's.
+_OPTIONS = (
+    "-c statement_timeout=60s -c lock_timeout=30s -c idle_in_transaction_session_timeout=10s "
+    "-c default_transaction_isolation=read\\ committed -c client_encoding=UTF8 -c timezone=UTC -c search_path="
+)
+#: SQLSTATEs after which the same transaction may succeed: deadlock, serialisation failure, lock timeout.
+_TRANSIENT = frozenset({"40P01", "40001", "55P03"})
+_TRANSIENT_TRIES = 5
+#: Classes of SQLSTATEs that blame the data: data exception, integrity, program limits (an index row too large).
+_DATA = ("22", "23", "54")
+_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+_MICROSECOND = dt.timedelta(microseconds=1)
+
+
+class Position(msgspec.Struct, frozen=True):
+    """Where one partition stands in the read store, and the hint where to seek in the topic."""
+
+    incarnation: str
+    partition: int
+    position: int
+    topic_id: str | None
+    kafka_offset: int | None
+    stopped: str | None
+
+
+class Advance(msgspec.Struct, frozen=True):
+    """A batch's step in one partition: from position `before` to `after`, which was recorded at `recorded_at`.
+
+    `kafka_offset` is where to go on reading in the topic with id `topic_id`; both null where that isn't known.
+    """
+
+    incarnation: str
+    partition: int
+    before: int
+    after: int
+    recorded_at: dt.datetime | None
+    topic_id: str | None
+    kafka_offset: int | None
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """What a projector saw of a partition in the event store; lag in seconds, 0 where all is applied."""
+
+    incarnation: str
+    partition: int
+    head: int
+    lag_seconds: float
+
+
+class PostgresRows:
+    """One version of a projection in PostgreSQL, over one connection. Not for several threads.
+
+    Every method raises `UnavailableError` where PostgreSQL can't be reached or doesn't answer as it should; then
+    nothing is known of a batch under way, the connection is closed, and the next call opens a new one.
+    """
+
+    def __init__(self, dsn: str, *, namespace: str, name: str, version: str) -> None:
+        """Remember where the version is; nothing is connected yet. `dsn` is of the projection's projector login."""
+        self._dsn = dsn
+        self._what = f"{namespace}/{name}"
+        self._version = version
+        self._schema = sql.Identifier(names.read_schema(namespace, name))
+        self._table = sql.Identifier(names.read_schema(namespace, name), rows_table(version))
+        self._conn: psycopg.Connection[Any] | None = None
+        self._writer: _Writer | None = None
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._conn is not None:
+            self._conn.close()
+            self._conn = None
+
+    def open(self) -> VersionDefinition:
+        """Return the version's definition and prepare for writing.
+
+        Raises:
+            NotFoundError: there is no such version.
+        """
+        try:
+            cursor = self._connection().execute(
+                self._sql("select definition::text from {schema}.versions where version = %s"), [self._version]
+            )
+            row = cursor.fetchone()
+        except psycopg.errors.UndefinedTable:
+            row = None
+        except psycopg.Error as error:
+            self._raise(error)
+        if row is None:
+            raise NotFoundError(f"the projection {self._what} has no version {self._version} in the read store")
+        definition = VersionDefinition.from_json(row[0])
+        self._writer = _Writer(definition, self._table)
+        return definition
+
+    def positions(self, partitions: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Position]:
+        """Return where the partitions (incarnation, number) stand; one that isn't part of the version is left out."""
+        incarnations, numbers = _columns(partitions, 2)
+        try:
+            cursor = self._connection().cursor(row_factory=class_row(Position))
+            cursor.execute(
+                self._sql(
+                    "select incarnation, partition, position, topic_id, kafka_offset, stopped from {schema}.positions "
+                    "where version = %s and (incarnation, partition) in (select * from unnest(%s::text[], %s::int[]))"
+                ),
+                [self._version, incarnations, numbers],
+            )
+            return {(found.incarnation, found.partition): found for found in cursor}
+        except psycopg.Error as error:
+            self._raise(error)
+
+    def parked(self, partitions: Iterable[tuple[str, int]]) -> tuple[Parked, dict[tuple[str, int], int]]:
+        """Return which rows and subjects are parked in the partitions, and how many events of each partition."""
+        incarnations, numbers = _columns(partitions, 2)
+        parked = Parked()
+        counts: dict[tuple[str, int], int] = {}
+        try:
+            cursor = self._connection().execute(
+                self._sql(
+                    "select incarnation, partition, key, case when key is null then subject end, count(*) "
+                    "from {schema}.parked where version = %s "
+                    "and (incarnation, partition) in (select * from unnest(%s::text[], %s::int[])) group by 1, 2, 3, 4"
+                ),
+                [self._version, incarnations, numbers],
+            )
+            for incarnation, partition, key, subject, count in cursor:
+                counts[incarnation, partition] = counts.get((incarnation, partition), 0) + count
+                if key is None:
+                    parked.subjects.add((incarnation, partition, subject))
+                else:
+                    parked.rows.add((incarnation, partition, key))
+        except psycopg.Error as error:
+            self._raise(error)
+        return parked, counts
+
+    def apply(self, changes: Iterable[RowChange], parked: Sequence[ParkedEvent], advances: Sequence[Advance]) -> None:
+        """Write a batch: all of it in one transaction, or nothing.
+
+        Raises:
+            MovedError: a partition isn't at its `before`: another projector has written in the meantime.
+            RefusedError: a row can't be stored (out of range, too large); smaller batches tell which event is to blame.
+        """
+        assert self._writer is not None, "open() comes first"
+        try:
+            staged, statement = self._writer.stage(changes)
+        except UnicodeEncodeError as error:
+            raise RefusedError(f"a text isn't valid Unicode: {error.reason}") from error
+        for attempt in range(_TRANSIENT_TRIES):
+            try:
+                self._transaction(staged, statement, parked, advances)
+                return
+            except psycopg.Error as error:
+                if error.sqlstate in _TRANSIENT and attempt < _TRANSIENT_TRIES - 1 and self._alive():
+                    time.sleep(random.uniform(0.005, 0.02) * 2**attempt)  # noqa: S311 (jitter)
+                    continue
+                if error.sqlstate and error.sqlstate.startswith(_DATA) and self._alive():
+                    raise RefusedError(_message(error)) from error
+                self._raise(error)
+
+    def see(self, seen: Sequence[Seen]) -> None:
+        """Store what was seen of the heads; positions aren't touched."""
+        try:
+            self._connection().execute(
+                self._sql(
+                    "update {schema}.positions p set head = s.head, lag_seconds = s.lag, seen_at = now() "
+                    "from unnest(%s::text[], %s::int[], %s::bigint[], %s::float8[])"
+                    "  s(incarnation, partition, head, lag) "
+                    "where p.version = %s and p.incarnation = s.incarnation and p.partition = s.partition"
+                ),
+                [*_columns((msgspec.structs.astuple(one) for one in seen), 4), self._version],
+            )
+        except psycopg.Error as error:
+            self._raise(error)
+
+    def stop(self, incarnation: str, partition: int, reason: str | None) -> None:
+        """Store why the projector doesn't go on in a partition; None where it does."""
+        try:
+            self._connection().execute(
+                self._sql(
+                    "update {schema}.positions set stopped = %s "
+                    "where version = %s and incarnation = %s and partition = %s and stopped is distinct from %s"
+                ),
+                [reason, self._version, incarnation, partition, reason],
+            )
+        except psycopg.Error as error:
+            self._raise(error)
+
+    def _transaction(
+        self,
+        staged: bytes,
+        statement: sql.Composed | None,
+        parked: Sequence[ParkedEvent],
+        advances: Sequence[Advance],
+    ) -> None:
+        conn = self._connection()
+        ordered = sorted(advances, key=lambda advance: (advance.incarnation, advance.partition))
+        with conn.transaction(), conn.cursor() as cursor:
+            if statement is not None:
+                with cursor.copy("copy pg_temp.stage from stdin") as copy:
+                    copy.write(staged)
+            self._lock(cursor, ordered)
+            if statement is not None:
+                cursor.execute(statement, prepare=False)  # several statements in one can't be prepared
+            if parked:
+                cursor.execute(
+                    self._sql(
+                        "insert into {schema}.parked (version, incarnation, partition, position, key, subject, error) "
+                        "select %s, * from "
+                        "unnest(%s::text[], %s::int[], %s::bigint[], %s::text[], %s::text[], %s::text[])"
+                    ),
+                    [self._version, *_columns((_parked_row(one) for one in parked), 6)],
+                )
+            cursor.execute(
+                self._sql(
+                    "update {schema}.positions p set position = a.position, "
+                    "  recorded_at = coalesce(a.recorded_at, p.recorded_at), topic_id = a.topic_id, "
+                    "  kafka_offset = a.kafka_offset, head = greatest(p.head, a.position), "
+                    "  lag_seconds = case when a.position >= p.head then 0 else p.lag_seconds end, stopped = null "
+                    "from unnest(%s::text[], %s::int[], %s::bigint[], %s::timestamptz[], %s::text[], %s::bigint[]) "
+                    "  a(incarnation, partition, position, recorded_at, topic_id, kafka_offset) "
+                    "where p.version = %s and p.incarnation = a.incarnation and p.partition = a.partition"
+                ),
+                [*_columns((_advance_row(one) for one in ordered), 6), self._version],
+            )
+
+    def _lock(self, cursor: psycopg.Cursor[Any], ordered: Sequence[Advance]) -> None:
+        """Lock the positions in order; raise MovedError where one isn't where the batch began."""
+        cursor.execute(
+            self._sql(
+                "select incarnation, partition, position from {schema}.positions where version = %s "
+                "and (incarnation, partition) in (select * from unnest(%s::text[], %s::int[])) "
+                "order by incarnation, partition for update"
+            ),
+            [
+                self._version,
+                [advance.incarnation for advance in ordered],
+                [advance.partition for advance in ordered],
+            ],
+        )
+        found = cursor.fetchall()
+        expected = [(advance.incarnation, advance.partition, advance.before) for advance in ordered]
+        if found != expected:
+            raise MovedError(f"the read store stands at {found}, this projector at {expected}")
+
+    def _connection(self) -> psycopg.Connection[Any]:
+        if self._conn is not None and not self._conn.closed:
+            return self._conn
+        conn = psycopg.connect(
+            self._dsn,
+            autocommit=True,
+            options=_OPTIONS,
+            connect_timeout=5,
+            keepalives_idle=10,
+            keepalives_interval=5,
+            keepalives_count=3,
+            tcp_user_timeout=20_000,
+            application_name=f"refold projector {self._what}",
+        )
+        self._conn = conn
+        if self._writer is not None:
+            conn.execute(self._writer.create_stage)
+        return conn
+
+    def _alive(self) -> bool:
+        return self._conn is not None and not self._conn.closed
+
+    def _raise(self, error: psycopg.Error) -> Never:
+        self.close()
+        raise UnavailableError(f"the read store of {self._what} (PostgreSQL): {_message(error)}") from error
+
+    def _sql(self, text: LiteralString) -> sql.Composed:
+        return sql.SQL(text).format(schema=self._schema)
+
+
+class _Writer:
+    """Turns changes into COPY text for the table `pg_temp.stage`, and the statement that brings them into the rows.
+
+    The stage holds: the number of the change's shape, key, the columns, and their stamps.
+    """
+
+    def __init__(self, definition: VersionDefinition, table: sql.Identifier) -> None:
+        fold = definition.definition
+        self._single = single_partition(fold)
+        self._table = table
+        self._columns = [column.name for column in fold.columns]
+        self._stamped = stamped(fold)
+        self._text = {column.name: _TEXT[column.type] for column in fold.columns}
+        types = {column.name: TYPES[column.type] for column in fold.columns}
+        self._added = {column for rule in fold.fold for column in rule.add}
+        definitions = [sql.SQL("{} {}").format(sql.Identifier(name), sql.SQL(types[name])) for name in self._columns]
+        stamps = [sql.SQL('{} text collate "C"').format(sql.Identifier(stamp_column(name))) for name in self._stamped]
+        self.create_stage = sql.SQL(
+            'create temporary table if not exists stage ("~shape" integer, key text collate "C"{}) '
+            "on commit delete rows"
+        ).format(sql.SQL("").join(sql.SQL(", ") + part for part in [*definitions, *stamps]))
+
+    def stage(self, changes: Iterable[RowChange]) -> tuple[bytes, sql.Composed | None]:
+        """Return the stage's content and the statement (None where nothing changes)."""
+        lines: list[str] = []
+        if not self._single:
+            for change in changes:
+                values = [self._value(change, name) for name in self._columns]
+                stamps = [_stamp(change.stamps.get(name)) for name in self._stamped]
+                lines.append("\t".join(["0", change.key.translate(_ESCAPES), *values, *stamps]))
+            return _copy_text(lines), self._merge() if lines else None
+        shapes: dict[tuple[bool, bool, frozenset[str], frozenset[str]], int] = {}
+        for change in changes:
+            shape = (change.exists_after, change.deleted_first, frozenset(change.set), frozenset(change.add))
+            number = shapes.setdefault(shape, len(shapes))
+            values = [self._value(change, name) for name in self._columns]
+            lines.append("\t".join([str(number), change.key.translate(_ESCAPES), *values]))
+        statements = [self._statement(number, *shape) for shape, number in shapes.items()]
+        return _copy_text(lines), sql.SQL("; ").join(statements) if statements else None
+
+    def _value(self, change: RowChange, name: str) -> str:
+        value = change.set.get(name)
+        if value is None:
+            value = change.add.get(name)
+            if value is None:
+                return "\\N"
+        return self._text[name](value)
+
+    def _statement(
+        self, number: int, exists_after: bool, deleted_first: bool, set_: frozenset[str], add: frozenset[str]
+    ) -> sql.Composed:
+        """Return what brings the changes of one shape into rows that no other transaction writes."""
+        if not exists_after:
+            return sql.SQL('delete from {} r using pg_temp.stage s where s."~shape" = {} and r.key = s.key').format(
+                self._table, sql.Literal(number)
+            )
+        columns = self._columns if deleted_first else [name for name in self._columns if name in set_ or name in add]
+        updates = [
+            sql.SQL("{0} = coalesce(r.{0}, 0) + excluded.{0}" if name in add else "{0} = excluded.{0}").format(
+                sql.Identifier(name)
+            )
+            for name in columns
+        ]
+        return self._insert(number, columns, updates)
+
+    def _merge(self) -> sql.Composed:
+        """Return what brings changes into rows that other transactions write too, in the order of their keys."""
+        updates: list[sql.Composed] = []
+        for name in self._columns:
+            column, stamp = sql.Identifier(name), sql.Identifier(stamp_column(name))
+            if name in self._stamped:
+                updates.append(
+                    sql.SQL(
+                        "{0} = case when excluded.{1} > coalesce(r.{1}, '') then excluded.{0} else r.{0} end, "
+                        "{1} = greatest(r.{1}, excluded.{1})"
+                    ).format(column, stamp)
+                )
+            elif name in self._added:
+                updates.append(sql.SQL("{0} = coalesce(r.{0} + excluded.{0}, r.{0}, excluded.{0})").format(column))
+        columns = [*self._columns, *(stamp_column(name) for name in self._stamped)]
+        return self._insert(0, columns, updates)
+
+    def _insert(self, number: int, columns: Sequence[str], updates: Sequence[sql.Composed]) -> sql.Composed:
+        names_ = sql.SQL(", ").join(sql.Identifier(name) for name in ["key", *columns])
+        action = sql.SQL("update set {}").format(sql.SQL(", ").join(updates)) if updates else sql.SQL("nothing")
+        return sql.SQL(
+            "insert into {table} as r ({names}) "
+            'select {names} from pg_temp.stage where "~shape" = {number} order by key '
+            "on conflict (key) do {action}"
+        ).format(table=self._table, names=names_, number=sql.Literal(number), action=action)
+
+
+def _escaped(value: Value) -> str:
+    return cast("str", value).translate(_ESCAPES)
+
+
+def _boolean(value: Value) -> str:
+    return "t" if value else "f"
+
+
+def _timestamp(value: Value) -> str:
+    return cast("dt.datetime", value).isoformat()
+
+
+_TEXT: dict[ColumnType, Callable[[Value], str]] = {
+    ColumnType.TEXT: _escaped,
+    ColumnType.INTEGER: str,
+    ColumnType.NUMERIC: str,
+    ColumnType.BOOLEAN: _boolean,
+    ColumnType.TIMESTAMP: _timestamp,
+    ColumnType.JSON: _escaped,
+}
+
+
+def _stamp(stamp: Stamp | None) -> str:
+    """Return a stamp as text that is ordered, byte by byte, as stamps are."""
+    if stamp is None:
+        return "\\N"
+    micros = (stamp.recorded_at - _EPOCH) // _MICROSECOND
+    return f"{micros:017d}{stamp.incarnation}{stamp.partition:05d}{stamp.position:016d}"
+
+
+def _copy_text(lines: list[str]) -> bytes:
+    return ("\n".join(lines) + "\n").encode() if lines else b""
+
+
+def _columns(rows: Iterable[Sequence[Any]], width: int) -> list[list[Any]]:
+    """Return rows as columns, `width` of them even where there is no row."""
+    return [list(column) for column in zip(*rows, strict=True)] or [[] for _ in range(width)]
+
+
+def _parked_row(one: ParkedEvent) -> tuple[Any, ...]:
+    event = one.event
+    key = None if one.key is None else _storable(one.key)
+    return one.incarnation, event.partition, event.position, key, event.subject, _storable(one.error)
+
+
+def _storable(text: str) -> str:
+    """Return `text` without what PostgreSQL can't store: NUL and lone surrogates."""
+    return text.replace("\0", "\ufffd").encode(errors="replace").decode()
+
+
+def _advance_row(one: Advance) -> tuple[Any, ...]:
+    return one.incarnation, one.partition, one.after, one.recorded_at, one.topic_id, one.kafka_offset
+
+
+def _message(error: psycopg.Error) -> str:
+    """Return what PostgreSQL said, in one line."""
+    diagnostics = error.diag
+    if diagnostics.message_primary is None:
+        return str(error).strip() or type(error).__name__
+    detail = f" ({diagnostics.message_detail})" if diagnostics.message_detail else ""
+    return f"{diagnostics.message_primary}{detail}"
