@@ -2,9 +2,13 @@
 
 import asyncio
 import http.client
+import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from urllib.parse import quote, urlencode
 
 import psycopg
@@ -466,3 +470,21 @@ async def test_the_service_cannot_write(model: Model, served: Served, postgres: 
     for statement in ["delete from {}.rows_v1", "update {}.pointer set live = null", "create table {}.t ()"]:
         with psycopg.connect(dsn) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
             connection.execute(statement.format(f'"{SCHEMA}"'))
+
+
+async def test_no_request_that_the_description_allows_or_forbids_makes_it_fail(
+    model: Model, served: Served, tmp_path: Path
+) -> None:
+    await model.version()
+    for number in range(20):
+        model.put(f"k{number}", status="placed", items=number)
+    program = Path(sys.executable).with_name("st")
+    run = subprocess.run(  # noqa: ASYNC221 (the service runs in a thread with a loop of its own)
+        [str(program), "run", f"{served.url}/openapi.json", "-H", f"Authorization: Bearer {TOKEN}",
+         "--max-examples", "50", "--seed", str(random.randrange(2**32)), "--no-color",
+         # what makes a text a token or a cursor, no schema can say
+         "--exclude-checks", "positive_data_acceptance"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "Tested: 3" in run.stdout

@@ -17,7 +17,7 @@ from typing import Any
 import psycopg
 import structlog
 from psycopg import errors, sql
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from refold import names
 from refold.projection.definition import VersionDefinition
@@ -161,7 +161,7 @@ class Reader:
                 try:
                     return await self._run(query, parameters)
                 except psycopg.OperationalError as error:
-                    if isinstance(error, errors.QueryCanceled | errors.ConnectionTimeout):
+                    if isinstance(error, PoolTimeout | errors.QueryCanceled):
                         raise
                     await self._pool.check()
                     return await self._run(query, parameters)
