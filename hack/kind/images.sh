@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds Refold's images (refold/refold:dev, refold/postgres:dev, refold/kafka:dev), each unless its sources are unchanged,
 # and loads those into the cluster that it doesn't hold yet. With arguments (refold, postgres, kafka): only these.
-# Prints a line per image: its name and its id, which changes with its contents.
+# Prints a line per image: its name in the cluster, refold/NAME:dev-ID, which changes with its contents.
 set -euo pipefail
 # shellcheck source=common.sh
 . "$(dirname "$0")/common.sh"
@@ -21,19 +21,21 @@ build() {
   docker_build -t "refold/$name:dev" --label "$label=$key" -f "images/$name/Dockerfile" "$context"
 }
 
-# load NAME: the id of the loaded image stands as a label on the node's, and goes when that goes
+# load NAME: under a tag that names the contents, so that whatever runs an older image is replaced by an upgrade
 load() {
-  local id reference=docker.io/refold/$1:dev archive
+  local id image archive
   id=$(docker image inspect -f '{{.Id}}' "refold/$1:dev")
-  if ! docker exec "$NODE" ctr -n k8s.io images ls "name==$reference" | grep -qF "$label=$id"; then
-    say "loading refold/$1:dev into the cluster (3 s)"
+  image=refold/$1:dev-${id:7:12}
+  if ! docker exec "$NODE" ctr -n k8s.io images ls -q | grep -qxF "docker.io/$image"; then
+    say "loading $image into the cluster (3 s)"
     archive=$(mktemp "$REFOLD_CACHE/$1.XXXXXX.tar")
-    docker save -o "$archive" "refold/$1:dev"
-    kind load image-archive --name "$CLUSTER" "$archive" || { rm -f "$archive"; die "loading refold/$1:dev failed"; }
+    docker tag "refold/$1:dev" "$image"
+    docker save -o "$archive" "$image"
+    kind load image-archive --name "$CLUSTER" "$archive" || { rm -f "$archive"; die "loading $image failed"; }
+    docker rmi "$image" >/dev/null
     rm -f "$archive"
-    docker exec "$NODE" ctr -n k8s.io images label "$reference" "$label=$id" >/dev/null
   fi
-  echo "refold/$1:dev $id"
+  echo "$image"
 }
 
 [ $# -gt 0 ] || set -- refold postgres kafka
