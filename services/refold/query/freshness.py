@@ -9,11 +9,6 @@ import msgspec
 from refold import tokens
 from refold.query.live import LiveVersion
 
-#: A projector tells in each partition that it is alive more often than this (seconds); while it does, and all that it
-#: saw is
-#: applied, there is no lag.
-SEEN_SECONDS = 15.0
-
 
 class Partition(msgspec.Struct, array_like=True, frozen=True):
     """How far the version is in one partition; `seen_at` (Unix time) is when the projector last saw the head."""
@@ -54,15 +49,15 @@ class Freshness:
     def lag_seconds(self) -> float | None:
         """How long the oldest event that may be missing has been waiting; None before every partition was looked at.
 
-        It goes on growing where the projector no longer tells: then nobody knows of later events.
+        A lag goes on growing where the projector is gone. Of events that came after its last look nobody knows here: it
+        stores what it saw only where that changed, so an old look is no sign of its end.
         """
         lag = 0.0
         for p in self.partitions:
             if p.seen_at is None:
                 return None
-            age = max(0.0, self._now - p.seen_at)
-            if p.head > p.position or age > SEEN_SECONDS:
-                lag = max(lag, p.lag_seconds + age)
+            if p.head > p.position:
+                lag = max(lag, p.lag_seconds + max(0.0, self._now - p.seen_at))
         return round(lag, 3)
 
     @cached_property
