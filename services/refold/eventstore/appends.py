@@ -54,20 +54,23 @@ class Limits:
     append_bytes: int = 4 * 1024 * 1024
 
 
-class NewEvent(msgspec.Struct, frozen=True):
+_NULL = msgspec.Raw(b"null")
+
+
+class NewEvent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An event to be appended.
 
     Args:
         id: unique within the subject, 1 to 255 bytes; the same id makes a retry harmless.
         type: 1 to 255 bytes, for example OrderPlaced.
         data: JSON text; `NewEvent.of` makes it from a Python value.
-        metadata: JSON text, or None.
+        metadata: JSON text; null is none.
     """
 
     id: str
     type: str
     data: msgspec.Raw
-    metadata: msgspec.Raw | None = None
+    metadata: msgspec.Raw = msgspec.field(default_factory=lambda: _NULL)
 
     @classmethod
     def of(cls, type: str, data: Any, *, id: str | None = None, metadata: Any = None) -> "NewEvent":  # noqa: A002
@@ -76,7 +79,7 @@ class NewEvent(msgspec.Struct, frozen=True):
             id=str(uuid.uuid4()) if id is None else id,
             type=type,
             data=msgspec.Raw(_encode(data)),
-            metadata=None if metadata is None else msgspec.Raw(_encode(metadata)),
+            metadata=msgspec.Raw(_encode(metadata)),
         )
 
 
@@ -144,10 +147,10 @@ def check(
         text = bytes(event.data)
         event_size = _check_json("data", text, index)
         data.append(arrays.jsonb(text))
-        if event.metadata is None or bytes(event.metadata) == b"null":
+        text = bytes(event.metadata)
+        if text == b"null":
             metadata.append(arrays.NULL)
         else:
-            text = bytes(event.metadata)
             event_size += _check_json("metadata", text, index)
             metadata.append(arrays.jsonb(text))
         if event_size > limits.event_bytes:

@@ -93,7 +93,7 @@ class EventStore:
     Get one by `await EventStore.open(dsn)`; it is an async context manager. All methods may be called concurrently.
     """
 
-    def __init__(self, dsn: str, *, limits: Limits, write_connections: int, read_connections: int) -> None:
+    def __init__(self, dsn: str, *, limits: Limits, write_connections: int = 8, read_connections: int = 4) -> None:
         self.limits = limits
         self._write = Connections(dsn, size=write_connections, application="refold-eventstore-append")
         self._read = Connections(dsn, size=read_connections, application="refold-eventstore-read")
@@ -109,6 +109,7 @@ class EventStore:
         self._tasks: list[asyncio.Task[None]] = []
         self._running: set[asyncio.Task[None]] = set()
         self._closing = False
+        metrics.WAITING.set_function(lambda: self._waiting)
 
     @classmethod
     async def open(
@@ -185,8 +186,33 @@ class EventStore:
             OverloadedError: too many appends wait.
             UnavailableError: PostgreSQL couldn't be asked in time; whether it was appended is unknown.
         """
+        return await self.submit(
+            await self.stream(namespace, name), subject, events, expected_revision=expected_revision
+        )
+
+    def submit(
+        self,
+        stream: Stream,
+        subject: str,
+        events: Sequence[NewEvent],
+        *,
+        expected_revision: ExpectedRevision = "any",
+    ) -> asyncio.Future[AppendResult]:
+        """Take an append and return its outcome to come; appends are applied in the order of these calls.
+
+        Args:
+            stream: as `self.stream` returned it.
+            subject: see `append`, also for the rest.
+            events: see `append`.
+            expected_revision: see `append`.
+
+        Raises:
+            EventStoreError: those of `append` that are known before the database is asked.
+        """
         try:
-            lane = await self._lane(namespace, name)
+            lane = self._lanes.get((stream.namespace, stream.name))
+            if lane is None:
+                raise UnknownStreamError(f"the stream {stream.namespace}/{stream.name} isn't active any more")
             checked = appends.check(
                 subject,
                 events,
@@ -201,22 +227,24 @@ class EventStore:
                     f"{self._waiting} appends of {self._waiting_bytes} bytes are waiting; this one wasn't taken, "
                     "try again a little later"
                 )
-            self._waiting += 1
-            self._waiting_bytes += checked.size
-            metrics.WAITING.set(self._waiting)
-            outcome: asyncio.Future[AppendResult] = asyncio.get_running_loop().create_future()
-            try:
-                lane.add(_Waiting(checked, expected_revision, time.monotonic(), outcome))
-                return await outcome
-            finally:
-                self._waiting -= 1
-                self._waiting_bytes -= checked.size
-                metrics.WAITING.set(self._waiting)
         except EventStoreError as error:
-            metrics.REFUSED.labels(type(error).__name__.removesuffix("Error")).inc()
+            _count_refusal(error)
             raise
+        self._waiting += 1
+        self._waiting_bytes += checked.size
+        outcome: asyncio.Future[AppendResult] = asyncio.get_running_loop().create_future()
 
-    async def read_subject(
+        def settled(outcome: asyncio.Future[AppendResult]) -> None:
+            self._waiting -= 1
+            self._waiting_bytes -= checked.size
+            if not outcome.cancelled() and (error := outcome.exception()) is not None:
+                _count_refusal(error)
+
+        outcome.add_done_callback(settled)
+        lane.add(_Waiting(checked, expected_revision, time.monotonic(), outcome))
+        return outcome
+
+    async def subject_pages(
         self,
         namespace: str,
         name: str,
@@ -225,8 +253,10 @@ class EventStore:
         from_revision: int = 1,
         to_revision: int | None = None,
         until: dt.datetime | None = None,
-    ) -> AsyncIterator[Event]:
-        """Yield the subject's events in order of their revisions; none where it has no events.
+    ) -> AsyncIterator[list[Event]]:
+        """Yield the subject's events in order of their revisions, in pages that aren't empty.
+
+        Each page is read in a short transaction of its own; nothing is held in the database between two.
 
         Args:
             namespace: the stream's namespace.
@@ -246,21 +276,42 @@ class EventStore:
         partition = appends.partition(subject, lane.stream.partitions)
         limit = None if until is None else appends.utc(until)
         revision = max(1, from_revision)
-        last = _MAX if to_revision is None else to_revision
+        last = _MAX if to_revision is None else min(to_revision, _MAX)
         while revision <= last:
             page = await lane.read(lane.subject_page, [Int4(partition), subject, Int8(revision), Int8(last)])
-            for event in page:
-                if limit is not None and event.time > limit:
-                    return  # the later ones are later still: recorded_at never decreases in a partition
-                yield event
             if not page:
                 return
+            if limit is not None and page[-1].time > limit:
+                # The later ones are later still: recorded_at never decreases in a partition.
+                page = [event for event in page if event.time <= limit]
+                if page:
+                    yield page
+                return
+            yield page
             revision = page[-1].revision + 1
 
-    async def read_partition(
-        self, namespace: str, name: str, partition: int, *, after: int = 0, limit: int | None = None
+    async def read_subject(
+        self,
+        namespace: str,
+        name: str,
+        subject: str,
+        *,
+        from_revision: int = 1,
+        to_revision: int | None = None,
+        until: dt.datetime | None = None,
     ) -> AsyncIterator[Event]:
-        """Yield the partition's events after position `after`, at most `limit`, in order, up to the head.
+        """Yield the subject's events one by one; see `subject_pages`."""
+        pages = self.subject_pages(
+            namespace, name, subject, from_revision=from_revision, to_revision=to_revision, until=until
+        )
+        async for page in pages:
+            for event in page:
+                yield event
+
+    async def partition_pages(
+        self, namespace: str, name: str, partition: int, *, after: int = 0, limit: int | None = None
+    ) -> AsyncIterator[list[Event]]:
+        """Yield the partition's events after position `after`, at most `limit`, up to the head, in pages; all in order.
 
         Raises:
             UnknownStreamError: there is no active stream of that name, or no such partition of it.
@@ -271,18 +322,24 @@ class EventStore:
             raise UnknownStreamError(
                 f"stream {namespace}/{name} has the partitions 0 to {lane.stream.partitions - 1}, not {partition}"
             )
-        position = after
-        left = limit
-        while left is None or left > 0:
-            most = PAGE_EVENTS if left is None else min(left, PAGE_EVENTS)
-            page = await lane.read(lane.partition_page, [Int4(partition), Int8(position), Int8(most)])
-            for event in page:
-                yield event
+        position = min(max(0, after), _MAX)
+        left = _MAX if limit is None else limit
+        while left > 0:
+            most = Int8(min(left, PAGE_EVENTS))
+            page = await lane.read(lane.partition_page, [Int4(partition), Int8(position), most])
             if not page:
                 return
+            yield page
             position = page[-1].position
-            if left is not None:
-                left -= len(page)
+            left -= len(page)
+
+    async def read_partition(
+        self, namespace: str, name: str, partition: int, *, after: int = 0, limit: int | None = None
+    ) -> AsyncIterator[Event]:
+        """Yield the partition's events one by one; see `partition_pages`."""
+        async for page in self.partition_pages(namespace, name, partition, after=after, limit=limit):
+            for event in page:
+                yield event
 
     async def stream(self, namespace: str, name: str) -> Stream:
         """Return the active stream of that name.
@@ -384,6 +441,10 @@ class EventStore:
             raise UnavailableError(
                 f"the event store's PostgreSQL can't be asked: {error or 'no answer in time'}"
             ) from error
+
+
+def _count_refusal(error: BaseException) -> None:
+    metrics.REFUSED.labels(type(error).__name__.removesuffix("Error")).inc()
 
 
 class _Lane:

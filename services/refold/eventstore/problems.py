@@ -1,0 +1,64 @@
+"""What the event store refuses, as problems (RFC 9457)."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import msgspec
+
+from refold.eventstore.errors import (
+    EventStoreError,
+    IdConflictError,
+    InvalidAppendError,
+    NotInstalledError,
+    OverloadedError,
+    RevisionConflictError,
+    TooLargeError,
+    UnavailableError,
+    UnknownStreamError,
+)
+from refold.web.problems import Problem
+
+_WHERE = re.compile(r" - at `\$\.?(.*)`$")
+
+
+def from_error(error: EventStoreError) -> Problem:
+    """Return the problem that a caller is told of."""
+    detail = str(error)
+    match error:
+        case UnknownStreamError():
+            return Problem(404, "stream-not-found", "No such stream", detail)
+        case RevisionConflictError():
+            return Problem(409, "revision-conflict", "Revision conflict", detail, currentRevision=error.current)
+        case IdConflictError():
+            return Problem(409, "id-conflict", "Id conflict", detail, currentRevision=error.current)
+        case TooLargeError():
+            return Problem(413, "append-too-large", "Append too large", detail, field=error.field)
+        case InvalidAppendError():
+            return Problem(422, "invalid-append", "Invalid append", detail, field=error.field)
+        case OverloadedError():
+            return Problem(503, "overloaded", "Overloaded", detail, retry_after=1)
+        case UnavailableError():
+            return Problem(503, "store-unavailable", "Store unavailable", detail, retry_after=1)
+        case NotInstalledError():
+            return Problem(503, "store-not-installed", "Store not installed", detail, retry_after=5)
+        case _:
+            return Problem(500, "internal-error", "Internal error", detail)
+
+
+@contextlib.contextmanager
+def json_problem() -> Iterator[None]:
+    """Turn what decoding a body raises into a problem: 400 where it isn't JSON, 422 where it isn't what it must be."""
+    try:
+        yield
+    except msgspec.ValidationError as error:
+        message = str(error)
+        where = _WHERE.search(message)
+        field = where[1] if where else ""
+        raise Problem(
+            422, "invalid-append", "Invalid append", f"the body isn't an append: {message}", field=field
+        ) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Problem(400, "invalid-json", "Invalid JSON", f"the body isn't JSON in UTF-8: {error}") from error
+    except RecursionError as error:
+        raise Problem(422, "invalid-append", "Invalid append", "the body is nested too deep", field="") from error

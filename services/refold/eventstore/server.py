@@ -1,0 +1,53 @@
+"""The event store's process: settings from the environment, the HTTP API, a graceful end."""
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from refold import logs
+from refold.eventstore.appends import Limits
+from refold.eventstore.errors import EventStoreError
+from refold.eventstore.http import Api
+from refold.eventstore.settings import Settings
+from refold.eventstore.store import EventStore
+from refold.web import server
+from refold.web.app import App
+from refold.web.auth import SharedToken
+
+
+def make(settings: Settings) -> App:
+    """Return the application; it connects when it is started, and serves also while the database is away."""
+    limits = Limits(
+        append_events=settings.append_events, event_bytes=settings.event_bytes, append_bytes=settings.append_bytes
+    )
+    api = Api(limits)
+
+    async def ready() -> str | None:
+        try:
+            await api.store.ping()
+        except EventStoreError as error:
+            return str(error)
+        return None
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: App) -> AsyncIterator[None]:
+        api.store = EventStore(settings.store_dsn.get_secret_value(), limits=limits)
+        api.store.start()
+        try:
+            yield
+        finally:
+            await api.store.close()
+
+    return App(
+        "Refold event store",
+        api.operations(),
+        authorise=SharedToken(settings.token.get_secret_value()),
+        ready=ready,
+        lifespan=lifespan,
+    )
+
+
+def main() -> None:
+    """Serve until SIGTERM; finish what was acknowledged."""
+    logs.configure("eventstore")
+    settings = Settings()  # type: ignore[call-arg]  # from the environment
+    server.run(make(settings), settings.port)
