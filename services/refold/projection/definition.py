@@ -265,14 +265,14 @@ def version_of(
     """Return the version's name: 8 hex digits that change with all that decides which rows come out.
 
     Args:
-        definition: what to fold; indexes and the order of columns don't count.
+        definition: what to fold; indexes and the order of columns and streams don't count.
         streams: the streams as found; a stream that was made anew (another incarnation) gives another version.
         read_store: the read store's type.
         rebuild: the value of the annotation `refold.dev/rebuild`, empty where there is none.
     """
     # Only what differs from its default counts, so that fields added later don't rename the versions of today.
     content = definition.model_dump(mode="json", exclude_defaults=True)
-    content["streams"] = [[ref.namespace, ref.name, ref.incarnation] for ref in streams]
+    content["streams"] = sorted([ref.namespace, ref.name, ref.incarnation] for ref in streams)
     content["columns"] = sorted([column.name, column.type.value] for column in definition.columns)
     content["readStore"] = read_store
     content["rebuild"] = rebuild

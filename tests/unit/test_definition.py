@@ -1,0 +1,202 @@
+"""What a Projection may declare, and how a refusal reads."""
+
+from typing import Any
+
+import pytest
+from refold.projection.definition import (
+    Definition,
+    InvalidDefinitionError,
+    StreamRef,
+    VersionDefinition,
+    parse,
+    single_partition,
+    version_of,
+)
+
+COLUMNS = [
+    {"name": "status", "type": "text", "index": True},
+    {"name": "items", "type": "integer"},
+    {"name": "total", "type": "numeric"},
+    {"name": "open", "type": "boolean"},
+    {"name": "at", "type": "timestamp"},
+    {"name": "lines", "type": "json"},
+]
+STREAM = StreamRef(
+    namespace="shop", name="orders", incarnation="00ff" * 4, partitions=6, topic="shop.orders", schema="shop.orders"
+)
+
+
+def spec(*rules: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"streams": ["orders"], "columns": COLUMNS, "fold": list(rules), **fields}
+
+
+def rule(**fields: Any) -> dict[str, Any]:
+    return {"type": "OrderPlaced", **fields}
+
+
+def problems(wrong: dict[str, Any]) -> list[str]:
+    with pytest.raises(InvalidDefinitionError) as refused:
+        parse(wrong)
+    return [str(problem) for problem in refused.value.problems]
+
+
+def test_the_designs_example_is_accepted_with_the_rest_of_its_spec() -> None:
+    definition = parse(
+        spec(
+            {
+                "type": "OrderPlaced",
+                "set": {"status": "'placed'"},
+                "add": {"items": "size(data.items)", "total": "data.total"},
+            },
+            {
+                "type": "ItemAdded",
+                "add": {"items": "data.qty", "total": "data.qty * data.price"},
+                "when": "data.qty > 0",
+            },
+            {"type": "OrderPurged", "delete": True},
+            key="subject",
+            readStore={"type": "postgres"},
+            projector={"replicas": 1},
+        )
+    )
+    assert definition.fold[1].when == "data.qty > 0"
+    assert single_partition(definition)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "path", "message"),
+    [
+        (spec(rule(set={"status": "data.x +"})), "spec.fold[0].set.status (line 1, column 9)", "expected a value"),
+        (spec(rule(set={"open": "true"}), rule(add={"total": "foo(1)"})), "spec.fold[1].add.total", "unknown function"),
+        (spec(rule(set={"status": "event.typ"})), "spec.fold[0].set.status (line 1, column 7)", "has no field 'typ'"),
+        (spec(rule(set={"colour": "'red'"})), "spec.fold[0].set.colour", "there are status, items, total"),
+        (spec(rule(set={"colour": "'red'"}), columns=[]), "spec.fold[0].set.colour", "there are none"),
+        (spec(rule()), "spec.fold[0]", "does nothing: give it set, add or delete"),
+        (spec(rule(delete=True, set={"open": "true"})), "spec.fold[0].delete", "either deletes the row or changes it"),
+        (spec(rule(set={"items": "1"}, add={"items": "1"})), "spec.fold[0].add.items", "sets items as well"),
+        (spec(rule(add={"status": "'x'"})), "spec.fold[0].add.status", "only integer and numeric columns"),
+        (spec(rule(add={"lines": "data.x"})), "spec.fold[0].add.lines", "lines is json"),
+        (spec(rule(set={"status": "1"})), "spec.fold[0].set.status", "takes string or null, not number: use string()"),
+        (spec(rule(set={"items": "'1'"})), "spec.fold[0].set.items", "takes number or null, not string"),
+        (spec(rule(set={"open": "size(data.x)"})), "spec.fold[0].set.open", "takes bool or null, not number"),
+        (spec(rule(set={"at": "event.revision"})), "spec.fold[0].set.at", "takes string, null or timestamp"),
+        (spec(rule(set={"open": "true"}, when="size(data.x)")), "spec.fold[0].when", "true or false, not number"),
+        (
+            spec(rule(set={"open": "true"}, when="date.x")),
+            "spec.fold[0].when (line 1, column 1)",
+            "unknown name 'date'",
+        ),
+        (
+            spec(rule(set={"open": "true"}), key="event.revision"),
+            "spec.key",
+            "or a list of strings, not number",
+        ),
+        (spec(rule(set={"open": "true"}), key="subj"), "spec.key (line 1, column 1)", "unknown name 'subj'"),
+        (spec(rule(set={"open": "true"}), streams=["a", "a"]), "spec.streams[1]", "stands here twice"),
+        (spec(rule(set={"open": "true"}), streams=[]), "spec.streams", "at least 1 item"),
+        (spec(), "spec.fold", "at least 1 item"),
+        (spec(rule(set={"open": "true"}), columns=[COLUMNS[3], COLUMNS[3]]), "spec.columns[1].name", "twice"),
+        (spec(rule(delete=True), columns=[{"name": "key", "type": "text"}]), "spec.columns[0].name", "already"),
+        (spec(rule(delete=True), columns=[{"name": "Key", "type": "text"}]), "spec.columns[0].name", "lower-case"),
+        (spec(rule(delete=True), columns=[{"name": "x", "type": "float"}]), "spec.columns[0].type", "'numeric'"),
+        (spec(rule(set={"items": 5})), "spec.fold[0].set.items", "in quotes"),
+        (spec(rule(sett={"items": "5"})), "spec.fold[0].sett", "no such field"),
+        (spec({"set": {"items": "5"}}), "spec.fold[0].type", "required"),
+        ({"columns": []}, "spec.streams", "required"),
+    ],
+)
+def test_what_cannot_work_is_refused_naming_the_field_and_the_way_out(
+    wrong: dict[str, Any], path: str, message: str
+) -> None:
+    found = problems(wrong)
+    assert found[0].startswith(f"{path}: ") or found[0].startswith(f"{path} (line"), found
+    assert message in found[0]
+
+
+def test_all_problems_are_told_at_once() -> None:
+    found = problems(spec(rule(set={"status": "1 +", "colour": "2"}), rule(), key="nope"))
+    assert [line.split(":")[0].split(" ")[0] for line in found] == [
+        "spec.key",
+        "spec.fold[0].set.status",
+        "spec.fold[0].set.colour",
+        "spec.fold[1]",
+    ]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"key": "data.carrier"}, {"streams": ["orders", "payments"]}, {"key": "[subject]"}, {"key": "'one row'"}],
+)
+def test_rows_fed_by_several_partitions_take_no_operation_that_needs_an_order(fields: dict[str, Any]) -> None:
+    (deleted,) = problems(spec(rule(delete=True), **fields))
+    assert deleted.startswith("spec.fold[0].delete: ")
+    assert "several partitions, which have no common order" in deleted
+    (mixed,) = problems(spec(rule(set={"items": "1"}), rule(add={"items": "1"}), **fields))
+    assert mixed.startswith("spec.fold[1].add.items: ")
+    assert "either set or add in all rules" in mixed
+    fine = parse(spec(rule(set={"status": "'a'"}, add={"items": "1"}), rule(set={"status": "'b'"}), **fields))
+    assert not single_partition(fine)
+
+
+@pytest.mark.parametrize("key", ["subject", " subject ", "event.subject", "(subject)", "event.subject // the entity"])
+def test_a_key_that_is_the_subject_keeps_rows_to_one_partition_however_it_is_written(key: str) -> None:
+    assert single_partition(parse(spec(rule(delete=True), key=key)))
+
+
+def definition(**fields: Any) -> Definition:
+    return parse(spec(rule(set={"open": "true"}), **fields))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"key": "event.type"},
+        {"columns": [*COLUMNS, {"name": "more", "type": "text"}]},
+        {"columns": [{**column, "type": "json"} for column in COLUMNS]},
+        {"fold": [rule(set={"open": "false"})]},
+        {"fold": [rule(set={"open": "true"}, when="true")]},
+        {"fold": [rule(set={"open": "true"}), rule(set={"status": "'x'"})]},
+    ],
+)
+def test_another_definition_is_another_version(changed: dict[str, Any]) -> None:
+    assert version_of(definition(**changed), [STREAM]) != version_of(definition(), [STREAM])
+
+
+def test_another_history_read_store_or_annotation_is_another_version() -> None:
+    anew = STREAM.model_copy(update={"incarnation": "1" * 16})
+    payments = STREAM.model_copy(update={"name": "payments"})
+    assert version_of(definition(), [STREAM, payments]) == version_of(definition(), [payments, STREAM])
+    versions = {
+        version_of(definition(), [STREAM, payments]),
+        version_of(definition(), [STREAM]),
+        version_of(definition(), [anew]),
+        version_of(definition(), [STREAM], read_store="redis"),
+        version_of(definition(), [STREAM], rebuild="1"),
+        version_of(definition(), [STREAM], rebuild="2"),
+    }
+    assert len(versions) == 6
+    assert all(len(version) == 8 and int(version, 16) >= 0 for version in versions)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"columns": [{**column, "index": True} for column in COLUMNS]},
+        {"columns": COLUMNS[::-1]},
+        {"key": "subject"},
+        {"projector": {"replicas": 3}},
+    ],
+)
+def test_indexes_the_order_of_columns_and_replicas_make_no_version(changed: dict[str, Any]) -> None:
+    assert version_of(definition(**changed), [STREAM]) == version_of(definition(), [STREAM])
+
+
+def test_versions_have_the_names_that_they_had() -> None:
+    """A rename would rebuild every read model at the next upgrade of Refold."""
+    assert version_of(definition(), [STREAM]) == "9f43b469"
+
+
+def test_a_version_comes_back_from_its_json() -> None:
+    version = VersionDefinition(definition=definition(), streams=[STREAM])
+    assert '"schema":"shop.orders"' in version.to_json()
+    assert VersionDefinition.from_json(version.to_json()) == version
