@@ -14,7 +14,7 @@ import msgspec
 
 from refold.projection.cel.errors import EvaluationError
 from refold.projection.cel.kinds import Kind
-from refold.projection.cel.runtime import EXACT, show, to_string, to_timestamp, whole
+from refold.projection.cel.runtime import BOUND, EXACT, show, to_string, to_timestamp, whole
 
 #: A column's value: text, integer, numeric, boolean, timestamp (aware), json (its text), NULL.
 Value = str | int | Decimal | bool | dt.datetime | None
@@ -54,9 +54,11 @@ def to_numeric(value: object) -> int | Decimal | None:
     """Return the value of a numeric column: below 10^100, at most 199 digits after the point and 200 in all."""
     if value is None:
         return None
+    if type(value) is int and -BOUND < value < BOUND:
+        return value
     if type(value) is int or type(value) is Decimal:
         try:
-            return value if type(value) is int and -(10**30) < value < 10**30 else EXACT.add(value, 0)
+            return EXACT.add(value, 0)
         except ArithmeticError:
             raise EvaluationError(f"{show(value)} has more digits than a numeric column keeps") from None
     raise EvaluationError(f"a numeric column takes a number, not {show(value)}")

@@ -36,7 +36,7 @@ EXACT = Context(
 QUOTIENT = Context(
     prec=34, Emax=99, Emin=-99, rounding=ROUND_HALF_EVEN, traps=[InvalidOperation, DivisionByZero, Overflow]
 )
-_BOUND = 10**100
+BOUND = 10**100
 #: The longest string and the longest list that `+` may make.
 MAX_TEXT = 1_048_576
 MAX_ITEMS = 100_000
@@ -89,7 +89,7 @@ def add(a: object, b: object, at: At = None) -> object:
     kind, other = type(a), type(b)
     if kind is int and other is int:
         total = a + b  # type: ignore[operator]
-        return total if -_BOUND < total < _BOUND else _too_large(at)
+        return total if -BOUND < total < BOUND else _too_large(at)
     if _is_number(a) and _is_number(b):
         return _exact(EXACT.add, a, b, at)
     if kind is str and other is str:
@@ -113,7 +113,7 @@ def subtract(a: object, b: object, at: At = None) -> object:
     kind, other = type(a), type(b)
     if kind is int and other is int:
         total = a - b  # type: ignore[operator]
-        return total if -_BOUND < total < _BOUND else _too_large(at)
+        return total if -BOUND < total < BOUND else _too_large(at)
     if _is_number(a) and _is_number(b):
         return _exact(EXACT.subtract, a, b, at)
     if other in _SUBTRACTABLE.get(kind, ()):
@@ -128,7 +128,7 @@ def multiply(a: object, b: object, at: At = None) -> Number:
     """Return `a * b` of two numbers, exactly."""
     if type(a) is int and type(b) is int:
         product = a * b
-        return product if -_BOUND < product < _BOUND else _too_large(at)
+        return product if -BOUND < product < BOUND else _too_large(at)
     if _is_number(a) and _is_number(b):
         return _exact(EXACT.multiply, a, b, at)
     _refuse("*", at, a, b)

@@ -1,0 +1,343 @@
+"""The compiled fold: what a batch does to a row, which values are bad events, and what is parked."""
+
+import datetime as dt
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+import pytest
+from refold.events import Event
+from refold.projection.definition import parse
+from refold.projection.fold import Batch, Fold, Parked, RowChange, Stamp, compile_fold
+
+INCARNATION = "00ff" * 4
+TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+COLUMNS = [
+    {"name": name, "type": name.rstrip("_2")}
+    for name in ("text", "text_2", "integer", "numeric", "boolean", "timestamp", "json")
+]
+
+
+def fold(*rules: dict[str, Any], **fields: Any) -> Fold:
+    return compile_fold(parse({"streams": ["orders"], "columns": COLUMNS, "fold": list(rules), **fields}))
+
+
+def event(
+    type_: str, data: str = "{}", *, subject: str = "a", position: int = 1, metadata: str | None = None, **fields: Any
+) -> Event:
+    return Event(
+        **{
+            "partition": 0,
+            "position": position,
+            "subject": subject,
+            "revision": position,
+            "id": str(position),
+            "type": type_,
+            "time": TIME + dt.timedelta(seconds=position),
+            "data": msgspec.Raw(data.encode()),
+            "metadata": None if metadata is None else msgspec.Raw(metadata.encode()),
+            **fields,
+        }
+    )
+
+
+def folded(compiled: Fold, *events: Event, parked: Parked | None = None) -> Batch:
+    batch = compiled.batch(parked)
+    batch.fold(INCARNATION, events)
+    return batch
+
+
+def errors(batch: Batch) -> list[tuple[int, str | None, str]]:
+    return [(one.event.position, one.key, one.error) for one in batch.parked]
+
+
+OPERATIONS = fold(
+    {"type": "Set", "set": {"integer": "data.n"}},
+    {"type": "Add", "add": {"integer": "data.n"}},
+    {"type": "Delete", "delete": True},
+    {"type": "Touch", "set": {"text": "'x'"}},
+    {"type": "Nothing", "set": {"text": "'x'"}, "when": "false"},
+)
+
+
+@pytest.mark.parametrize(
+    ("sequence", "change"),
+    [
+        ("Set 1", RowChange("a", set={"integer": 1})),
+        ("Add 1", RowChange("a", add={"integer": 1})),
+        ("Add 1, Add 2", RowChange("a", add={"integer": 3})),
+        ("Add 1, Set 5", RowChange("a", set={"integer": 5})),
+        ("Set 5, Add 1", RowChange("a", set={"integer": 6})),
+        ("Set null, Add 1", RowChange("a", set={"integer": 1})),
+        ("Set 5, Set null", RowChange("a", set={"integer": None})),
+        ("Add 1, Touch", RowChange("a", set={"text": "x"}, add={"integer": 1})),
+        ("Delete", RowChange("a", deleted_first=True, exists_after=False)),
+        ("Add 1, Set 2, Delete", RowChange("a", deleted_first=True, exists_after=False)),
+        ("Delete, Add 1", RowChange("a", deleted_first=True, set={"integer": 1})),
+        ("Add 9, Delete, Add 1, Add 2", RowChange("a", deleted_first=True, set={"integer": 3})),
+        ("Add 1, Set 7, Delete, Add 4", RowChange("a", deleted_first=True, set={"integer": 4})),
+        ("Delete, Touch, Delete", RowChange("a", deleted_first=True, exists_after=False)),
+        ("Delete, Set 3, Delete, Touch", RowChange("a", deleted_first=True, set={"text": "x"})),
+        ("Add 0", RowChange("a", add={"integer": 0})),
+    ],
+)
+def test_a_batch_becomes_one_change_of_its_row(sequence: str, change: RowChange) -> None:
+    events = []
+    for position, step in enumerate(sequence.split(", "), 1):
+        type_, _, number = step.partition(" ")
+        events.append(event(type_, f'{{"n": {number or 0}}}', position=position))
+    batch = folded(OPERATIONS, *events)
+    assert batch.changes == {"a": change}
+    assert batch.parked == []
+
+
+def test_events_without_rule_and_rules_whose_condition_is_false_make_no_row() -> None:
+    batch = folded(OPERATIONS, event("Unknown"), event("Nothing", position=2))
+    assert batch.changes == {}
+    assert batch.parked == []
+
+
+def test_several_rules_of_a_type_apply_in_order() -> None:
+    compiled = fold(
+        {"type": "E", "set": {"integer": "1", "text": "'first'"}},
+        {"type": "E", "add": {"integer": "10"}},
+        {"type": "E", "delete": True, "when": "data.gone"},
+        {"type": "E", "set": {"text": "'last'"}},
+    )
+    kept = folded(compiled, event("E", '{"gone": false}')).changes["a"]
+    assert (kept.deleted_first, kept.set) == (False, {"integer": 11, "text": "last"})
+    anew = folded(compiled, event("E", '{"gone": true}')).changes["a"]
+    assert (anew.deleted_first, anew.set) == (True, {"text": "last"})
+
+
+def test_conditions_absorb_errors_as_cel_says_and_the_event_still_applies() -> None:
+    compiled = fold({"type": "E", "add": {"integer": "data.n"}, "when": "data.kind == 'a' || data.n > 1"})
+    batch = folded(compiled, event("E", '{"n": 2}'), event("E", '{"n": 3}', position=2))
+    assert batch.changes["a"].add == {"integer": 5}
+    assert batch.parked == []
+
+
+@pytest.mark.parametrize(
+    ("column", "expression", "value"),
+    [
+        ("text", "data.s", "ü"),
+        ("text", "null", None),
+        ("text", "string(data.n)", "2.5"),
+        ("integer", "data.i", 9223372036854775807),
+        ("integer", "-data.i - 1", -9223372036854775808),
+        ("integer", "3.0", 3),
+        ("numeric", "data.n", Decimal("2.50")),
+        ("numeric", "data.i * data.i", 9223372036854775807**2),
+        ("numeric", "1 / 3", Decimal("0." + "3" * 34)),
+        ("boolean", "data.n > 2", True),
+        ("timestamp", "data.t", dt.datetime(2026, 1, 31, 22, 59, 59, 123456, tzinfo=dt.UTC)),
+        ("timestamp", "event.time", TIME + dt.timedelta(seconds=1)),
+        ("timestamp", "timestamp(0)", dt.datetime(1970, 1, 1, tzinfo=dt.UTC)),
+        ("json", "data.l", '[1,2.50,{"a":null}]'),
+        ("json", "[event.time, duration('90s'), data.n]", '["2026-01-01T00:00:01Z","90s",2.50]'),
+        ("json", "'text'", '"text"'),
+        ("json", r"'back\\u0000slash'", r'"back\\u0000slash"'),
+        ("json", "null", None),
+        ("json", "event.metadata.user", '"ada"'),
+    ],
+)
+def test_a_value_arrives_in_its_columns_type(column: str, expression: str, value: object) -> None:
+    data = (
+        '{"s": "ü", "n": 2.50, "i": 9223372036854775807, "t": "2026-01-31T23:59:59.1234567+01:00",'
+        ' "l": [1, 2.50, {"a": null}]}'
+    )
+    batch = folded(fold({"type": "E", "set": {column: expression}}), event("E", data, metadata='{"user": "ada"}'))
+    assert batch.parked == []
+    found = batch.changes["a"].set[column]
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("operation", "column", "expression", "message"),
+    [
+        ("set", "text", "data.n", "fold[0].set.text: a text column takes a string, not number 2.5: use string()"),
+        ("set", "text", "data.nul", "NUL"),
+        ("set", "integer", "data.n", "number 2.5 is not a whole number"),
+        ("set", "integer", "9223372036854775808", "beyond an integer column's 64 bits"),
+        ("set", "integer", "data.huge", "is not a whole number"),
+        ("set", "integer", "data.s", "an integer column takes a number, not string 'x'"),
+        ("set", "integer", "data.b", "takes a number, not bool"),
+        ("set", "numeric", "data.huge", "more digits than a numeric column keeps"),
+        ("set", "numeric", "data.tiny", "more digits than a numeric column keeps"),
+        ("set", "numeric", "data.b", "takes a number, not bool"),
+        ("set", "boolean", "data.n", "takes true or false, not number"),
+        ("set", "timestamp", "data.s", "is not a time like"),
+        ("set", "timestamp", "data.n", "takes a timestamp or its text, not number"),
+        ("set", "json", "[data.nul]", "NUL"),
+        ("set", "text", "data.absent", "fold[0].set.text: data has no field 'absent' (line 1, column 6)"),
+        ("add", "integer", "data.nothing", "null can't be added"),
+        ("add", "numeric", "data.nothing", "null can't be added"),
+        ("add", "numeric", "data.s", "takes a number, not string"),
+        ("add", "integer", "data.n", "is not a whole number"),
+    ],
+)
+def test_a_value_that_its_column_cannot_take_is_a_bad_event(
+    operation: str, column: str, expression: str, message: str
+) -> None:
+    data = r'{"n": 2.5, "s": "x", "b": true, "nul": "a\u0000b", "huge": 1e400, "tiny": 1e-400, "nothing": null}'
+    batch = folded(fold({"type": "E", operation: {column: expression}}), event("E", data))
+    assert batch.changes == {}
+    ((position, key, error),) = errors(batch)
+    assert (position, key) == (1, "a")
+    assert message in error
+
+
+def test_sums_are_exact() -> None:
+    compiled = fold({"type": "E", "add": {"numeric": "data.n"}})
+    numbers = ["0.1", "0.2", "1e-150", "12345678901234567890123456789012345678901234567890", "0.3", "1"]
+    batch = folded(compiled, *(event("E", f'{{"n": {n}}}', position=i) for i, n in enumerate(numbers, 1)))
+    assert batch.changes["a"].add["numeric"] == Decimal(
+        "12345678901234567890123456789012345678901234567891.6" + "0" * 148 + "1"
+    )
+
+
+def test_a_bad_event_has_no_effect_at_all_and_parks_its_row_in_its_partition() -> None:
+    compiled = fold({"type": "E", "set": {"text": "data.t"}, "add": {"integer": "data.n"}})
+    batch = folded(
+        compiled,
+        event("E", '{"t": "1", "n": 1}', position=1),
+        event("E", '{"t": "2"}', position=2),
+        event("E", '{"t": "3", "n": 3}', position=3),
+        event("E", '{"t": "4", "n": 4}', position=4, subject="b"),
+        event("E", '{"n": 5}', position=5),
+        event("Unknown", position=6),
+        event("E", '{"t": "7", "n": 7}', position=7, partition=1),
+    )
+    assert batch.changes["b"].set == {"text": "4"}
+    assert (batch.changes["a"].set, batch.changes["a"].add) == ({"text": "7"}, {"integer": 8})
+    assert errors(batch) == [
+        (2, "a", "fold[0].add.integer: data has no field 'n' (line 1, column 6)"),
+        (3, "a", "follows an event of its row that is parked"),
+        (5, "a", "fold[0].set.text: data has no field 't' (line 1, column 6)"),
+    ]
+
+
+def test_what_was_parked_before_is_respected_and_left_unchanged() -> None:
+    compiled = fold({"type": "E", "add": {"integer": "data.n"}}, {"type": "No", "delete": True, "when": "false"})
+    parked = Parked(rows={(INCARNATION, 0, "a"), ("another", 0, "b")})
+    batch = folded(
+        compiled,
+        event("E", '{"n": 1}', position=1),
+        event("No", position=2),
+        event("E", '{"n": 3}', position=3, subject="b"),
+        event("E", '{"n": "bad"}', position=4, subject="c"),
+        parked=parked,
+    )
+    assert [position for position, _, _ in errors(batch)] == [1, 4]
+    assert set(batch.changes) == {"b"}
+    assert parked == Parked(rows={(INCARNATION, 0, "a"), ("another", 0, "b")})
+
+
+def test_where_the_key_fails_the_subject_is_parked() -> None:
+    compiled = fold({"type": "E", "add": {"integer": "1"}}, key="data.k")
+    batch = folded(
+        compiled,
+        event("E", '{"k": "x"}', position=1),
+        event("E", "{}", position=2),
+        event("E", '{"k": "x"}', position=3),
+        event("E", '{"k": "x"}', position=4, subject="other"),
+        event("E", '{"k": 5}', position=5, subject="third"),
+    )
+    assert batch.changes["x"].add == {"integer": 2}
+    assert errors(batch) == [
+        (2, None, "key: data has no field 'k' (line 1, column 6)"),
+        (3, None, "follows an event of its subject that is parked"),
+        (5, None, "key: a key is a string, not number 5: use string()"),
+    ]
+    again = folded(compiled, event("E", '{"k": "x"}', position=6), parked=Parked(subjects={(INCARNATION, 0, "a")}))
+    assert errors(again) == [(6, None, "follows an event of its subject that is parked")]
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ('""', "can't be empty"),
+        (f'"{"ü" * 257}"', "at most 512 bytes, this one has 514"),
+        (r'"a\u0000"', "NUL"),
+        ("null", "a key is a string, not null"),
+        ('["a", 1]', "a key is a string, not number 1"),
+    ],
+)
+def test_a_key_is_a_text_of_1_to_512_bytes(key: str, message: str) -> None:
+    compiled = fold({"type": "E", "add": {"integer": "1"}}, key="data.k")
+    ((_, row, error),) = errors(folded(compiled, event("E", f'{{"k": {key}}}')))
+    assert row is None
+    assert message in error
+    assert folded(compiled, event("E", f'{{"k": "{"ü" * 256}"}}')).parked == []
+
+
+def test_one_event_goes_to_each_row_of_a_list_once() -> None:
+    compiled = fold({"type": "E", "add": {"integer": "data.n"}}, key="data.rows")
+    good = event("E", '{"rows": ["x", "y", "x"], "n": 1}', position=1)
+    batch = folded(compiled, good, event("E", '{"rows": [], "n": 1}', position=2))
+    assert {key: change.add for key, change in batch.changes.items()} == {"x": {"integer": 1}, "y": {"integer": 1}}
+
+    batch = folded(compiled, good, parked=Parked(rows={(INCARNATION, 0, "x")}))
+    assert set(batch.changes) == {"y"}
+    assert errors(batch) == [(1, "x", "follows an event of its row that is parked")]
+
+    batch = folded(compiled, event("E", '{"rows": ["x", "y"]}', position=1))
+    assert [key for _, key, _ in errors(batch)] == ["x", "y"]
+
+
+@pytest.mark.parametrize("data", ["{", "", "1e99999999999999999999999", "[" * 3000 + "]" * 3000, "9" * 5000])
+def test_data_that_cannot_be_read_is_a_bad_event(data: str) -> None:
+    batch = folded(fold({"type": "E", "set": {"text": "data.x"}}), event("E", data))
+    ((position, key, error),) = errors(batch)
+    assert (position, key) == (1, "a")
+    assert "can't be read" in error
+
+
+def test_data_is_not_read_where_no_expression_needs_it() -> None:
+    batch = folded(fold({"type": "E", "set": {"text": "subject"}}), event("E", "{broken"))
+    assert batch.changes["a"].set == {"text": "a"}
+
+
+def test_a_failing_condition_parks_and_says_which() -> None:
+    compiled = fold({"type": "E", "set": {"text": "'x'"}, "when": "data.flag"})
+    batch = folded(compiled, event("E", '{"flag": 1}'), event("E", "{}", subject="b", position=2))
+    assert errors(batch) == [
+        (1, "a", "fold[0].when: expected true or false, not number"),
+        (2, "b", "fold[0].when: data has no field 'flag' (line 1, column 6)"),
+    ]
+
+
+def test_in_rows_fed_by_several_partitions_the_later_stamp_wins_within_a_batch() -> None:
+    compiled = fold(
+        {"type": "E", "set": {"text": "data.t"}, "add": {"integer": "1"}},
+        {"type": "F", "set": {"text_2": "'f'"}},
+        key="'row'",
+    )
+    assert not compiled.single_partition
+    late, early = TIME + dt.timedelta(hours=2), TIME + dt.timedelta(hours=1)
+    batch = compiled.batch()
+    batch.fold("bb", [event("E", '{"t": "late"}', position=7, partition=3, time=late)])
+    batch.fold("aa", [event("E", '{"t": "early"}', position=9, partition=4, time=early)])
+    batch.fold("aa", [event("E", '{"t": "same time, lower incarnation"}', position=8, partition=4, time=late)])
+    batch.fold("aa", [event("F", position=10, partition=4, time=early)])
+    assert batch.changes["row"] == RowChange(
+        "row",
+        set={"text": "late", "text_2": "f"},
+        add={"integer": 3},
+        stamps={"text": Stamp(late, "bb", 3, 7), "text_2": Stamp(early, "aa", 4, 10)},
+    )
+
+
+def test_of_two_rules_for_one_event_the_later_sets_the_stamped_column() -> None:
+    compiled = fold({"type": "E", "set": {"text": "'1'"}}, {"type": "E", "set": {"text": "'2'"}}, key="'row'")
+    assert folded(compiled, event("E")).changes["row"].set == {"text": "2"}
+
+
+def test_batches_share_nothing() -> None:
+    compiled = fold({"type": "E", "add": {"integer": "data.n"}})
+    first = folded(compiled, event("E", '{"n": 1}'), event("E", "{}", position=2))
+    second = folded(compiled, event("E", '{"n": 2}'))
+    assert first.changes["a"].add == {"integer": 1}
+    assert second.changes["a"].add == {"integer": 2}
+    assert second.parked == []
