@@ -5,20 +5,16 @@ transactions that hold the events, so both are committed or neither. The topic i
 record stays.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
 import msgspec
-from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, TopicPartition
-from confluent_kafka.admin import (
-    AdminClient,
-    ConfigResource,
-    NewTopic,
-    OffsetSpec,
-    ResourceType,
-)
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+
+from refold.relay.topics import Topics
 
 _CONFIG = {
     "cleanup.policy": "compact",
@@ -75,9 +71,9 @@ def decode(key: bytes, value: bytes) -> tuple[str, int, Checkpoint]:
 class CheckpointTopic:
     """The checkpoint topic of a store, created where it is missing. Safe to use from several threads."""
 
-    def __init__(self, bootstrap: str, name: str, *, shards: int, replicas: int) -> None:
+    def __init__(self, topics: Topics, name: str, *, shards: int, replicas: int) -> None:
         """`shards` is the number of partitions; `replicas` counts only when the topic is created."""
-        self._bootstrap, self._name, self._shards, self._replicas = bootstrap, name, shards, replicas
+        self._topics, self._name, self._shards, self._replicas = topics, name, shards, replicas
         self._lock = threading.Lock()
 
     def ensure(self) -> str:
@@ -88,59 +84,39 @@ class CheckpointTopic:
             KafkaException: Kafka can't be reached or refuses.
         """
         with self._lock:
-            admin = AdminClient({"bootstrap.servers": self._bootstrap})
-            partitions = self._partitions(admin)
-            if partitions == 0:
-                self._create(admin)
-            elif partitions != self._shards:
+            found = self._topics.describe([self._name])[self._name]
+            if isinstance(found, KafkaError) and found.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                self._topics.create(self._name, partitions=self._shards, replicas=self._replicas, config=_CONFIG)
+                found = self._topics.describe([self._name])[self._name]
+            if isinstance(found, KafkaError):
+                raise KafkaException(found)
+            if found.partitions != self._shards:
                 raise CheckpointTopicError(
-                    f"the checkpoint topic {self._name} has {partitions} partitions, but REFOLD_RELAY_SHARDS is "
+                    f"the checkpoint topic {self._name} has {found.partitions} partitions, but REFOLD_RELAY_SHARDS is "
                     f"{self._shards}: the number of shards is fixed for a store, set it to the former number"
                 )
-            resource = ConfigResource(ResourceType.TOPIC, self._name)
-            config = admin.describe_configs([resource], request_timeout=10)[resource].result()
-            policy = config["cleanup.policy"].value
+            policy = self._topics.setting(self._name, "cleanup.policy")
             if policy != "compact":
                 raise CheckpointTopicError(
-                    f"the checkpoint topic {self._name} has cleanup.policy {policy!r} and would lose "
-                    "positions: set it to 'compact'"
+                    f"the checkpoint topic {self._name} has cleanup.policy {policy!r} and would lose positions: set it "
+                    "to 'compact'"
                 )
         return self._name
 
-    def _partitions(self, admin: AdminClient) -> int:
-        """Return the number of partitions, 0 where the topic is missing."""
-        metadata = admin.list_topics(self._name, timeout=10).topics[self._name]
-        if metadata.error is not None and metadata.error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
-            return 0
-        if metadata.error is not None:
-            raise KafkaException(metadata.error)
-        return len(metadata.partitions)
 
-    def _create(self, admin: AdminClient) -> None:
-        topic = NewTopic(self._name, num_partitions=self._shards, replication_factor=self._replicas, config=_CONFIG)
-        try:
-            admin.create_topics([topic], request_timeout=10)[self._name].result()
-        except KafkaException as error:
-            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
-                raise
-        deadline = time.monotonic() + 10  # until the brokers know
-        while self._partitions(admin) != self._shards and time.monotonic() < deadline:
-            time.sleep(0.05)
+def load(bootstrap: str, topic: str, shard: int, *, end: int, timeout: float, check: Callable[[], None]) -> Checkpoints:
+    """Read the checkpoints of a shard, up to `end`, committed ones only.
 
-
-def load(bootstrap: str, topic: str, shard: int, *, timeout: float, check: Callable[[], None]) -> Checkpoints:
-    """Read the checkpoints of a shard, up to the partition's high watermark, committed ones only.
-
-    To be called after `init_transactions`, which ends every transaction of a former owner: then nothing below the high
-    watermark is undecided, and nobody else can write. `check` is called between waits; raises to give up.
+    `end` is the partition's high watermark, asked for after `init_transactions`, which ends every transaction of a
+    former owner: then nothing below it is undecided, and nobody else can write. `check` is called between waits and
+    raises to give up.
 
     Raises:
-        TimeoutError: the high watermark wasn't reached in `timeout` seconds, e.g. since a transaction hangs.
+        TimeoutError: `end` wasn't reached in `timeout` seconds, e.g. since a transaction hangs.
         KafkaException: Kafka can't be reached or refuses.
         CheckpointTopicError: there is a record that the relay didn't write.
     """
     deadline = time.monotonic() + timeout
-    end = _high_watermark(bootstrap, topic, shard)
     found: Checkpoints = {}
     if end == 0:
         return found
@@ -153,6 +129,7 @@ def load(bootstrap: str, topic: str, shard: int, *, timeout: float, check: Calla
             "enable.auto.commit": False,
             "enable.partition.eof": True,
             "fetch.wait.max.ms": 50,
+            "logger": logging.getLogger("kafka.relay"),
         }
     )
     try:
@@ -182,14 +159,3 @@ def load(bootstrap: str, topic: str, shard: int, *, timeout: float, check: Calla
     finally:
         with suppress(KafkaException):
             consumer.close()
-
-
-def _high_watermark(bootstrap: str, topic: str, shard: int) -> int:
-    """Return the high watermark itself, not the last stable offset, which an open transaction holds back."""
-    admin = AdminClient({"bootstrap.servers": bootstrap})
-    partition = TopicPartition(topic, shard)
-    latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
-    future = admin.list_offsets(
-        {partition: latest}, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=10
-    )[partition]
-    return int(future.result().offset)

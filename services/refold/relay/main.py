@@ -13,6 +13,7 @@ from refold.relay.lock import Locks
 from refold.relay.pulse import Pulse
 from refold.relay.settings import Settings
 from refold.relay.shard import Shard, Target
+from refold.relay.topics import Topics
 from refold.relay.wake import Mailbox, Watcher
 from refold.web.probes import Probes
 
@@ -56,10 +57,11 @@ class Relay:
         if store_id is None:
             return
         bootstrap, shards = self._settings.kafka_bootstrap, self._settings.relay_shards
-        topic = CheckpointTopic(
-            bootstrap, names.checkpoint_topic(store_id), shards=shards, replicas=self._settings.checkpoint_replicas
+        topics = Topics(bootstrap)
+        checkpoints = CheckpointTopic(
+            topics, names.checkpoint_topic(store_id), shards=shards, replicas=self._settings.checkpoint_replicas
         )
-        target = Target(self._dsn, bootstrap, store_id, topic)
+        target = Target(self._dsn, bootstrap, topics, store_id, checkpoints)
         self._shards = [
             Shard(number, target, self._locks, mailbox, self._pulse) for number, mailbox in enumerate(self._mailboxes)
         ]

@@ -36,6 +36,7 @@ class Target:
 
     store_dsn: str
     bootstrap: str
+    topics: Topics
     store_id: str
     checkpoints: CheckpointTopic
 
@@ -90,7 +91,14 @@ class Shard(threading.Thread):
         )
         try:
             producer.init(timeout=_TAKEOVER_SECONDS)
-            found = checkpoint.load(target.bootstrap, topic, self.number, timeout=_TAKEOVER_SECONDS, check=self._check)
+            found = checkpoint.load(
+                target.bootstrap,
+                topic,
+                self.number,
+                end=target.topics.high_watermark(topic, self.number),
+                timeout=_TAKEOVER_SECONDS,
+                check=self._check,
+            )
             with source.connect(target.store_dsn, f"shard {self.number}") as connection:
                 self._log.info(
                     "The shard was taken over", checkpoints=len(found), seconds=round(time.monotonic() - started, 2)
@@ -104,7 +112,7 @@ class Shard(threading.Thread):
                         connection=connection,
                         checkpoints=found,
                         checkpoint_topic=topic,
-                        topics=Topics(target.bootstrap),
+                        topics=target.topics,
                     )
                 )
         finally:

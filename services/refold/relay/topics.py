@@ -1,10 +1,14 @@
-"""What Kafka says of topics: their ids and partitions."""
+"""What Kafka says of topics: ids, partitions, settings, high watermarks. One admin client for the process."""
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from confluent_kafka import KafkaError, KafkaException, TopicCollection
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType
+
+_SECONDS = 5.0
+_MADE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -16,29 +20,61 @@ class Topic:
 
 
 class Topics:
-    """Asks a Kafka cluster for topics; one connection, kept."""
+    """Asks a Kafka cluster for topics. Safe to use from several threads.
+
+    All methods raise KafkaException where Kafka can't be reached or refuses the request as a whole.
+    """
 
     def __init__(self, bootstrap: str) -> None:
         """`bootstrap`: the brokers to ask first."""
-        self._admin = AdminClient({"bootstrap.servers": bootstrap})
+        # what goes wrong comes back as an exception; librdkafka's own words go to stderr as plain text
+        self._admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 2})
 
-    def describe(self, names: Iterable[str], *, timeout: float = 5) -> dict[str, Topic | KafkaError]:
-        """Return each named topic, or what Kafka says of it alone (missing, unauthorised), in one request.
-
-        Raises:
-            KafkaException: the request as a whole failed.
-        """
+    def describe(self, names: Iterable[str]) -> dict[str, Topic | KafkaError]:
+        """Return each named topic, or what Kafka says of it alone (missing, unauthorised), in one request."""
         asked = sorted(set(names))
         result: dict[str, Topic | KafkaError] = {}
         if not asked:
             return result
-        for name, future in self._admin.describe_topics(TopicCollection(asked), request_timeout=timeout).items():
+        for name, future in self._admin.describe_topics(TopicCollection(asked), request_timeout=_SECONDS).items():
             try:
                 found = future.result()
                 result[name] = Topic(str(found.topic_id), len(found.partitions))
             except KafkaException as error:
-                reason: KafkaError = error.args[0]
-                if reason.code() < 0 or (reason.retriable() and reason.code() != KafkaError.UNKNOWN_TOPIC_OR_PART):
+                answer: KafkaError = error.args[0]
+                if answer.code() not in (
+                    KafkaError.UNKNOWN_TOPIC_OR_PART,
+                    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+                    KafkaError.TOPIC_EXCEPTION,
+                ):
                     raise
-                result[name] = reason
+                result[name] = answer
         return result
+
+    def create(self, name: str, *, partitions: int, replicas: int, config: Mapping[str, str]) -> None:
+        """Create a topic and wait until the brokers know it; one that exists is left as it is."""
+        topic = NewTopic(name, num_partitions=partitions, replication_factor=replicas, config=dict(config))
+        try:
+            self._admin.create_topics([topic], request_timeout=_MADE_SECONDS)[name].result()
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                raise
+        deadline = time.monotonic() + _MADE_SECONDS
+        while isinstance(self.describe([name])[name], KafkaError) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def setting(self, name: str, setting: str) -> str | None:
+        """Return a setting of a topic."""
+        resource = ConfigResource(ResourceType.TOPIC, name)
+        config = self._admin.describe_configs([resource], request_timeout=_SECONDS)[resource].result()
+        value: str | None = config[setting].value
+        return value
+
+    def high_watermark(self, name: str, partition: int) -> int:
+        """Return the high watermark itself, not the last stable offset, which an open transaction holds back."""
+        place = TopicPartition(name, partition)
+        latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
+        future = self._admin.list_offsets(
+            {place: latest}, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=_SECONDS
+        )[place]
+        return int(future.result().offset)

@@ -1,0 +1,458 @@
+"""The relay against a real PostgreSQL and a real Kafka, as processes that are killed, stopped and resumed.
+
+`World.verify` is the yardstick: what a `read_committed` consumer finds in a topic equals the store's history, partition
+by partition, event by event, in order.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import random
+import secrets
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from cloudevents.core.bindings.kafka import KafkaMessage, from_binary
+from cloudevents.core.formats.json import JSONFormat
+from cloudevents.core.v1.event import CloudEvent
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
+from psycopg import sql
+from refold import events, names
+from refold.eventstore import catalog, roles
+from refold.eventstore.catalog import Stream
+from refold.partitioning import partition_of
+
+from hack.servers import Kafka, Postgres
+from hack.servers.process import free_port
+
+_namespaces = itertools.count(1)
+
+
+@dataclass
+class RelayProcess:
+    """A relay in a process of its own."""
+
+    environment: dict[str, str]
+    log: Path
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", "from refold.cli.main import app; app()", "relay"],
+                env={**os.environ, **self.environment}, stdout=log, stderr=log,
+            )  # fmt: skip
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def get(self, path: str) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(
+                f"http://127.0.0.1:{self.environment['REFOLD_PORT']}{path}", timeout=5
+            ) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+        except OSError as error:
+            return 0, str(error)
+
+    def metric(self, line: str) -> float:
+        """The value of a metric, 0 where it isn't there."""
+        for found in self.get("/metrics")[1].splitlines():
+            if found.startswith(line + " "):
+                return float(found.rpartition(" ")[2])
+        return 0.0
+
+    def logged(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+
+
+class World:
+    """A store with streams and topics, and the relays on it."""
+
+    def __init__(self, dsn: str, relay_dsn: str, kafka: Kafka, folder: Path, admin: psycopg.AsyncConnection) -> None:
+        self.dsn, self.relay_dsn, self.kafka, self.folder = dsn, relay_dsn, kafka, folder
+        self.admin = admin
+        self.kafka_admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
+        self.namespace = f"relay{next(_namespaces)}"
+        self.relays: list[RelayProcess] = []
+        self.numbers = itertools.count()
+
+    def relay(self, **environment: str) -> RelayProcess:
+        port = free_port()
+        started = RelayProcess(
+            {
+                "REFOLD_STORE_DSN": self.relay_dsn,
+                "REFOLD_KAFKA_BOOTSTRAP": self.kafka.bootstrap,
+                "REFOLD_RELAY_SHARDS": "2",
+                "REFOLD_PORT": str(port),
+                **environment,
+            },
+            self.folder / f"relay-{len(self.relays)}.log",
+        )
+        self.relays.append(started)
+        until(lambda: started.get("/healthz")[0] == 200, "the relay serves probes")
+        return started
+
+    async def stream(self, name: str, *, partitions: int = 3, topic_partitions: int | None = None) -> Stream:
+        topic = names.topic(self.namespace, name)
+        self.create_topic(topic, topic_partitions or partitions)
+        claimed = await catalog.claim_stream(
+            self.admin, namespace=self.namespace, name=name, uid=secrets.token_hex(4), partitions=partitions,
+            topic=topic, kafka_cluster="test",
+        )  # fmt: skip
+        return await catalog.activate(self.admin, claimed)
+
+    def create_topic(self, topic: str, partitions: int, **config: str) -> None:
+        made = NewTopic(topic, num_partitions=partitions, replication_factor=1, config=config)
+
+        def create() -> bool:
+            with contextlib.suppress(KafkaException):  # a topic of that name may still be on its way out
+                self.kafka_admin.create_topics([made])[topic].result(10)
+                return True
+            return False
+
+        until(create, f"topic {topic} is created")
+
+    def delete_topic(self, topic: str) -> None:
+        self.kafka_admin.delete_topics([topic])[topic].result(10)
+
+    def append(self, stream: Stream, count: int, *, subjects: int = 50, size: int = 20) -> None:
+        """Append `count` events in one transaction and notify, as the event store does."""
+        numbers = list(itertools.islice(self.numbers, count))
+        chosen = [f"subject-{number % subjects}/ü" for number in numbers]
+        payload = "x" * size
+        with psycopg.connect(self.dsn, autocommit=True) as connection:
+            connection.execute(
+                sql.SQL(
+                    "select {}.append_group(%s::int4, %s::text[], %s::int4[], %s::int8[], %s::int4[], %s::int4[], "
+                    "%s::text[], %s::text[], %s::text[], %s::jsonb[], %s::jsonb[])"
+                ).format(sql.Identifier(stream.schema)),
+                [
+                    stream.stream, chosen, [partition_of(subject, stream.partitions) for subject in chosen],
+                    [-1] * count, [1] * count, list(range(1, count + 1)), chosen, [f"id-{n}" for n in numbers],
+                    ["Counted"] * count, [json.dumps({"number": number, "payload": payload}) for number in numbers],
+                    [json.dumps({"by": "test"}) if number % 2 else None for number in numbers],
+                ],
+            )  # fmt: skip
+            connection.execute("select pg_notify(%s, %s)", [names.APPENDED_CHANNEL, str(stream.stream)])
+
+    def history(self, stream: Stream) -> list[list[tuple[Any, ...]]]:
+        """All events of each partition, as `_facts` shows a record."""
+        with psycopg.connect(self.dsn) as connection:
+            rows = connection.execute(
+                sql.SQL(
+                    "select partition, position, subject, revision, id, type, data::text, metadata::text, "
+                    "round(extract(epoch from recorded_at) * 1000000)::bigint from {}.events "
+                    "order by partition, position"
+                ).format(sql.Identifier(stream.schema))
+            ).fetchall()
+        found: list[list[tuple[Any, ...]]] = [[] for _ in range(stream.partitions)]
+        for row in rows:
+            found[row[0]].append(row[1:])
+        return found
+
+    def relayed(self, stream: Stream) -> list[list[tuple[Any, ...]]]:
+        """All records of each of the stream's partitions that a read_committed consumer finds."""
+        found: list[list[tuple[Any, ...]]] = [[] for _ in range(stream.partitions)]
+        for message in self.messages(stream.topic):
+            partition = message.partition()
+            value, headers = message.value(), message.headers()
+            assert partition is not None
+            assert value is not None
+            event = events.from_record(partition, value, headers or [], incarnation=stream.incarnation)
+            assert event is not None, f"not an event of {stream.name}: {headers}"
+            assert message.key() == event.subject.encode()
+            assert message.timestamp()[1] == int(event.time.timestamp() * 1000)
+            found[partition].append(
+                (
+                    event.position, event.subject, event.revision, event.id, event.type, bytes(event.data).decode(),
+                    None if event.metadata is None else bytes(event.metadata).decode(),
+                    round(event.time.timestamp() * 1_000_000),
+                )
+            )  # fmt: skip
+        return found
+
+    def messages(self, topic: str) -> list[Message]:
+        """All committed records of a topic, in order in each partition."""
+        consumer = Consumer(
+            {
+                "bootstrap.servers": self.kafka.bootstrap, "group.id": "test", "isolation.level": "read_committed",
+                "enable.partition.eof": True, "auto.offset.reset": "earliest", "enable.auto.commit": False,
+            }
+        )  # fmt: skip
+        found, ended = [], set()
+        with contextlib.closing(consumer):
+            partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
+            consumer.assign([TopicPartition(topic, partition, 0) for partition in partitions])
+            while len(ended) < len(partitions):
+                for message in consumer.consume(1000, 0.5):
+                    error = message.error()
+                    if error is None:
+                        found.append(message)
+                    elif error.code() == KafkaError._PARTITION_EOF:
+                        ended.add(message.partition())
+        return found
+
+    def verify(self, *streams: Stream, within: float = 30) -> None:
+        """Wait until all is relayed, then compare the topics with the store, event by event."""
+        for stream in streams:
+            expected = self.history(stream)
+            until(
+                lambda stream=stream, expected=expected: sum(map(len, self.relayed(stream))) >= sum(map(len, expected)),
+                f"{stream.name} is relayed", within=within,
+            )  # fmt: skip
+            assert self.relayed(stream) == self.history(stream)
+
+
+def until(condition: Callable[[], Any], what: str, *, within: float = 30) -> None:
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline, f"not in {within} s: {what}"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+async def world(postgres: Postgres, database: str, kafka: Kafka, tmp_path: Path) -> AsyncIterator[World]:
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as admin:
+        await catalog.install_store(admin)
+        role = names.store_role(admin.info.dbname, "relay")
+        await roles.ensure_login(admin, role, secrets.token_hex(16))
+        relay_dsn = postgres.dsn(admin.info.dbname, user=role)
+        made = World(database, relay_dsn, kafka, tmp_path, admin)
+        try:
+            yield made
+        finally:
+            for relay in made.relays:
+                if relay.process.poll() is None:
+                    relay.kill()
+
+
+def ready(relay: RelayProcess) -> None:
+    until(lambda: relay.get("/readyz")[0] == 200, "the relay is ready")
+
+
+async def test_every_event_reaches_the_topic_once_and_in_order(world: World) -> None:
+    first, second = await world.stream("first"), await world.stream("second", partitions=1, topic_partitions=2)
+    world.append(first, 5000)
+    relay = world.relay()
+    world.append(second, 100)
+    world.verify(first, second)
+    assert relay.metric(f'refold_relay_events_total{{stream="{world.namespace}/first"}}') == 5000
+    until(lambda: relay.metric(f'refold_relay_lag_events{{stream="{world.namespace}/first"}}') == 0, "no lag is shown")
+    assert relay.get("/readyz") == (200, "ok\n")
+
+
+async def test_a_stream_that_appears_is_relayed_and_one_that_is_released_is_not(world: World) -> None:
+    relay = world.relay()
+    ready(relay)
+    stream = await world.stream("late")
+    world.append(stream, 10)
+    world.verify(stream)
+    await catalog.release_stream(world.admin, stream)
+    lag = f'refold_relay_lag_events{{stream="{world.namespace}/late"}}'
+    until(lambda: lag not in relay.get("/metrics")[1], "the stream is forgotten")
+
+
+async def test_the_official_package_reads_a_record_as_a_cloud_event(world: World) -> None:
+    stream = await world.stream("official", partitions=1)
+    world.append(stream, 2)
+    world.relay()
+    world.verify(stream)
+    for message, (position, subject, revision, id_, *_) in zip(
+        world.messages(stream.topic), world.history(stream)[0], strict=True
+    ):
+        headers = dict(message.headers() or [])
+        event = from_binary(KafkaMessage(headers, message.key(), message.value()), JSONFormat(), CloudEvent)
+        assert event.get_specversion() == "1.0"
+        assert event.get_type() == "Counted"
+        assert event.get_id() == id_
+        assert event.get_subject() == subject
+        assert event.get_source() == f"/{world.namespace}/official/{subject.replace('/', '%2F').replace('ü', '%C3%BC')}"
+        assert event.get_datacontenttype() == "application/json"
+        assert event.get_extension("position") == str(position)
+        assert event.get_extension("revision") == str(revision)
+        assert event.get_data()["number"] in range(2)
+
+
+async def test_relays_that_are_killed_at_any_time_lose_and_double_nothing(world: World) -> None:
+    streams = [await world.stream(f"kill{number}") for number in range(3)]
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    running = [world.relay(), world.relay()]
+    for _ in range(6):
+        for stream in streams:
+            world.append(stream, 2000, size=300)
+        await asyncio.sleep(chance.uniform(0, 0.8))
+        victim = chance.randrange(2)
+        running[victim].kill()
+        if chance.random() < 0.5:
+            world.append(streams[0], 10)
+        running[victim] = world.relay()
+    world.verify(*streams)
+    assert sum(relay.metric('refold_relay_takeovers_total{shard="0"}') for relay in running) >= 1
+
+
+async def test_a_relay_that_was_stopped_past_its_lock_is_fenced_when_it_goes_on(world: World) -> None:
+    streams = [await world.stream(f"stop{number}") for number in range(2)]
+    zombie = world.relay()
+    ready(zombie)
+    heir = world.relay()
+    for stream in streams:
+        world.append(stream, 20000, size=300)
+    await asyncio.sleep(0.2)
+    zombie.send(signal.SIGSTOP)
+    held = 'refold_relay_shard_held{shard="%d"}'
+    until(lambda: heir.metric(held % 0) == heir.metric(held % 1) == 1, "the other relay takes over", within=10)
+    world.append(streams[0], 1000)
+    zombie.send(signal.SIGCONT)
+    for stream in streams:
+        world.append(stream, 1000)
+    world.verify(*streams)
+    until(lambda: zombie.metric(held % 0) == zombie.metric(held % 1) == 0, "the zombie lets go")
+    assert heir.metric(held % 0) == heir.metric(held % 1) == 1
+
+
+async def test_it_outlives_restarts_of_kafka_and_postgresql(world: World, kafka: Kafka, postgres: Postgres) -> None:
+    stream = await world.stream("outage")
+    relay = world.relay()
+    world.append(stream, 5000, size=300)
+    kafka.kill()
+    world.append(stream, 5000, size=300)
+    kafka.start()
+    world.append(stream, 5000, size=300)
+    world.verify(stream)
+    postgres.kill()
+    postgres.start()
+    world.append(stream, 5000)
+    world.verify(stream)
+    assert relay.process.poll() is None
+
+
+async def test_sigterm_ends_it_with_0_and_frees_its_shards_at_once(world: World) -> None:
+    stream = await world.stream("stopped")
+    relay = world.relay()
+    ready(relay)
+    world.append(stream, 20000)
+    await asyncio.sleep(0.1)
+    relay.send(signal.SIGTERM)
+    assert relay.process.wait(15) == 0
+    world.relay()
+    world.verify(stream)
+
+
+async def test_a_topic_that_was_created_again_is_filled_from_the_beginning(world: World) -> None:
+    stream, other = await world.stream("again"), await world.stream("other")
+    relay = world.relay()
+    world.append(stream, 1000)
+    world.append(other, 1000)
+    world.verify(stream, other)
+    world.delete_topic(stream.topic)
+    refused = f'refold_relay_refused{{reason="TopicMissing",stream="{stream.namespace}/again"}}'
+    world.append(stream, 10)
+    until(lambda: relay.metric(refused) == 1, "the missing topic is shown")
+    world.append(other, 10)
+    world.verify(other)
+    world.create_topic(stream.topic, 3)
+    world.verify(stream)
+    until(lambda: refused not in relay.get("/metrics")[1], "the refusal is over")
+
+
+async def test_a_topic_that_is_created_again_while_events_flow_never_gets_a_part(world: World) -> None:
+    stream = await world.stream("swift")
+    world.relay()
+    for _ in range(3):
+        world.append(stream, 3000)
+        world.delete_topic(stream.topic)
+        world.create_topic(stream.topic, 3)
+        world.append(stream, 100)
+    world.verify(stream)
+
+
+async def test_a_record_that_its_topic_refuses_holds_up_its_own_stream_only(world: World) -> None:
+    good, bad = await world.stream("good"), await world.stream("bad", partitions=1)
+    world.delete_topic(bad.topic)
+    world.create_topic(bad.topic, 1, **{"max.message.bytes": "20000"})
+    world.append(bad, 300, size=500)  # one batch of them is too large, each is not
+    world.append(good, 300)
+    relay = world.relay()
+    world.verify(bad, good)
+    world.append(bad, 5)
+    with psycopg.connect(world.dsn, autocommit=True) as connection:  # random, so that it isn't compressed
+        large = secrets.token_hex(40000)
+        connection.execute(
+            sql.SQL("select {}.append_group(%s, '{{s}}', '{{0}}', '{{-1}}', '{{1}}', '{{1}}', '{{s}}', '{{large}}',"
+            " '{{T}}', array[to_jsonb(%s::text)], '{{null}}')").format(sql.Identifier(bad.schema)),
+            [bad.stream, large],
+        )  # fmt: skip
+    world.append(bad, 5)
+    world.append(good, 300)
+    refused = f'refold_relay_refused{{reason="RecordTooLarge",stream="{bad.namespace}/bad"}}'
+    until(lambda: relay.metric(refused) == 1, "the refusal is shown")
+    world.verify(good)
+    assert [fact[0] for fact in world.relayed(bad)[0]] == list(range(1, 306))
+    held_back = [line for line in relay.logged() if line["event"] == "A stream is held back"]
+    assert "position 306 of partition 0 (subject 's')" in held_back[-1]["message"]
+
+
+async def test_a_topic_of_too_few_partitions_is_refused(world: World) -> None:
+    stream = await world.stream("few", partitions=3, topic_partitions=2)
+    relay = world.relay()
+    world.append(stream, 100)
+    refused = f'refold_relay_refused{{reason="TooFewPartitions",stream="{stream.namespace}/few"}}'
+    until(lambda: relay.metric(refused) == 1, "the refusal is shown")
+    assert world.messages(stream.topic) == []
+
+
+async def test_a_store_behind_its_topic_stops_the_stream_until_the_topic_is_made_anew(world: World) -> None:
+    stream, other = await world.stream("behind", partitions=1), await world.stream("sound")
+    relay = world.relay()
+    world.append(stream, 100)
+    world.verify(stream)
+    with psycopg.connect(world.dsn) as connection:  # as if the store had been restored from a backup
+        connection.execute(
+            sql.SQL(
+                "alter table {0} disable trigger all; delete from {0} where position > 60; "
+                "alter table {0} enable always trigger append_only"
+            ).format(sql.Identifier(stream.schema, "events_0"))
+        )
+        connection.execute("update refold.heads set head = 60 where stream = %s", [stream.stream])
+    refused = f'refold_relay_refused{{reason="StoreBehindTopic",stream="{stream.namespace}/behind"}}'
+    until(lambda: relay.metric(refused) == 1, "the refusal is shown")
+    world.append(stream, 100)  # the head is beyond the checkpoint again, with other events
+    world.append(other, 100)
+    relay.kill()
+    heir = world.relay()
+    until(lambda: heir.metric(refused) == 1, "the refusal is known to the next owner")
+    world.verify(other)
+    assert len(world.messages(stream.topic)) == 100
+    world.delete_topic(stream.topic)
+    world.create_topic(stream.topic, 1)
+    world.verify(stream)
+
+
+async def test_another_number_of_shards_than_the_store_has_is_refused(world: World) -> None:
+    ready(world.relay())
+    world.relays[0].kill()
+    other = world.relay(REFOLD_RELAY_SHARDS="3")
+    until(lambda: "REFOLD_RELAY_SHARDS is 3" in other.log.read_text(), "the log says what is wrong")
+    assert other.get("/readyz")[0] == 503
