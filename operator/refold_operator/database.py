@@ -89,6 +89,5 @@ class Database:
 
 
 def _line(error: psycopg.Error) -> str:
-    """Return the error's last line: libpq puts each address that it tried on a line of its own."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    """Return the error's first line: what failed; libpq's further ones are advice and other addresses."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -114,6 +114,7 @@ def main() -> None:
     """Run the operator; settings come from the environment."""
     logs.configure("operator")
     logging.getLogger("kopf").setLevel(logging.WARNING)
+    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # outages are told by who meets them
     for handler in logging.getLogger().handlers:
         handler.addFilter(_plain)
     asyncio.run(run(Settings()))  # type: ignore[call-arg]  # required settings come from the environment
