@@ -116,18 +116,20 @@ class PostgresRows:
             NotFoundError: there is no such version.
         """
         try:
-            cursor = self._connection().execute(
+            conn = self._connection()
+            cursor = conn.execute(
                 self._sql("select definition::text from {schema}.versions where version = %s"), [self._version]
             )
             row = cursor.fetchone()
-        except psycopg.errors.UndefinedTable:
-            row = None
+            if row is None:
+                raise NotFoundError(f"the projection {self._what} has no version {self._version} in the read store")
+            definition = VersionDefinition.from_json(row[0])
+            self._writer = _Writer(definition, self._table)
+            conn.execute(self._writer.create_stage)
+        except psycopg.errors.UndefinedTable as error:
+            raise NotFoundError(f"the read store holds no projection {self._what}") from error
         except psycopg.Error as error:
             self._raise(error)
-        if row is None:
-            raise NotFoundError(f"the projection {self._what} has no version {self._version} in the read store")
-        definition = VersionDefinition.from_json(row[0])
-        self._writer = _Writer(definition, self._table)
         return definition
 
     def positions(self, partitions: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Position]:

@@ -1,0 +1,266 @@
+"""One projector: whatever the topic holds, the rows equal a plain fold of the history."""
+
+import json
+
+import pytest
+from refold.events import headers
+
+from hack.servers import Kafka, Postgres
+from tests.projecting import CUSTOMERS, ORDERS, ReadModel, World, fold_customers, fold_orders, random_events, until
+
+
+@pytest.fixture
+async def world(database: str, kafka: Kafka) -> World:
+    world = World(database, kafka)
+    await world.install()
+    await world.stream()
+    return world
+
+
+@pytest.fixture
+async def orders(world: World) -> ReadModel:
+    return await world.projection(ORDERS, "order-status")
+
+
+async def test_a_first_load_from_the_store_goes_over_into_the_topic(world: World, orders: ReadModel) -> None:
+    world.append(random_events(500))
+    world.store(random_events(100, seed=2))  # never relayed: the topic has a gap here
+    with orders.projector(batch_events=70):
+        orders.wait()
+        world.append(random_events(300, seed=3))
+        orders.wait()
+    assert orders.rows() == fold_orders(world)
+
+
+async def test_records_that_come_again_count_once_and_foreign_ones_not_at_all(world: World, orders: ReadModel) -> None:
+    with orders.projector():
+        events = world.store(random_events(60))
+        world.relay(events)
+        world.relay(events)  # again, as a relay never would
+        world.produce_raw(0, b"{}", [])
+        world.produce_raw(1, b'{"items": 5}', [("ce_position", b"x")])
+        forged = headers(events[0], namespace="shop", name="orders", incarnation="f" * 16)
+        world.produce_raw(2, b'{"items": 5}', forged)
+        world.append(random_events(60, seed=2))
+        orders.wait()
+        assert orders.rows() == fold_orders(world)
+    assert sum(orders.applied().values()) == 120
+
+
+async def test_an_idle_group_shows_no_lag_in_kafka(world: World, orders: ReadModel) -> None:
+    topic = world.streams["orders"].topic
+    with orders.projector():
+        for seed in range(3):
+            world.append(random_events(20, seed=seed))
+        orders.wait()
+
+        def no_lag() -> bool:
+            return all(offset == world.end_offset(topic, number) for (_, number), offset in orders.committed().items())
+
+        until(no_lag, "committed offsets to reach the end, past transaction markers")
+
+
+async def test_what_the_retention_took_from_the_topic_comes_from_the_store(world: World, orders: ReadModel) -> None:
+    world.append(random_events(200))
+    with orders.projector():
+        orders.wait()
+    world.append(random_events(300, seed=2))
+    world.delete_records(keep=10)
+    with orders.projector():
+        orders.wait()
+        world.append(random_events(20, seed=3))
+        orders.wait()
+    assert orders.rows() == fold_orders(world)
+
+
+@pytest.mark.parametrize("hint", ["0", "kafka_offset - 7", "kafka_offset + 9", "1000000", "-5", "null"])
+async def test_a_wrong_hint_costs_time_only(world: World, orders: ReadModel, hint: str) -> None:
+    world.append(random_events(60))
+    with orders.projector():
+        orders.wait()
+    orders.execute(f"update {{schema}}.positions set kafka_offset = {hint}")
+    world.append(random_events(60, seed=2))
+    with orders.projector():
+        orders.wait()
+        world.append(random_events(30, seed=3))
+        orders.wait()
+    assert orders.rows() == fold_orders(world)
+
+
+async def test_a_recreated_topic_loses_nothing(world: World, orders: ReadModel) -> None:
+    world.append(random_events(200))
+    with orders.projector():
+        orders.wait()
+    world.drop_topic()
+    world.make_topic()
+    world.append(random_events(30, seed=2))  # the new topic begins in the middle of history
+    with orders.projector():
+        orders.wait()
+        world.drop_topic()  # while it is read
+        world.make_topic()
+        world.append(random_events(50, seed=3))
+        orders.wait(60)
+    assert orders.rows() == fold_orders(world)
+
+
+async def test_events_that_never_reach_the_topic_are_read_from_the_store(world: World, orders: ReadModel) -> None:
+    world.append(random_events(30))
+    with orders.projector():
+        orders.wait()
+        late = world.store(random_events(30, seed=2))
+        orders.wait(15)
+        world.relay(late)
+        world.append(random_events(30, seed=3))
+        orders.wait()
+    assert orders.rows() == fold_orders(world)
+
+
+async def test_one_process_folds_several_streams(world: World) -> None:
+    await world.stream("returns", partitions=2)
+    model = await world.projection(CUSTOMERS.model_copy(update={"streams": ["orders", "returns"]}), "customers")
+    world.append(random_events(100))
+    with model.projector():
+        world.append(random_events(100, seed=2), "returns")
+        model.wait()
+    both = [fold_customers(world), fold_customers(world, "returns")]
+    assert {key: row["events"] for key, row in model.rows().items()} == {
+        key: sum(part.get(key, {"events": 0})["events"] for part in both) for key in both[0] | both[1]
+    }
+
+
+async def test_a_bad_event_parks_its_row_and_nothing_else(world: World, orders: ReadModel) -> None:
+    world.append(random_events(50))
+    bad = [
+        ("order-1", "Placed", {"items": 1}),  # no total: the expression fails
+        (
+            "order-2",
+            "Changed",
+            {"items": 2**63 - 1, "total": 1},
+        ),  # beyond 64 bits once it is added: refused by PostgreSQL
+        ("order-2", "Changed", {"items": 2**63 - 1, "total": 1}),
+    ]
+    with orders.projector():
+        orders.wait()
+        before = fold_orders(world)
+        world.append([*bad, *random_events(200, seed=2)])
+        orders.wait()
+    rows = orders.rows()
+    for log in world.events["orders"]:
+        log[:] = [event for event in log if event.subject not in ("order-1", "order-2")]
+    expected = fold_orders(world)
+    assert {key: row for key, row in rows.items() if key not in ("order-1", "order-2")} == expected
+    assert rows["order-1"] == before["order-1"]
+    parked = orders.parked()
+    assert {key for key, _, _ in parked} == {"order-1", "order-2"}
+    status = (await orders.status()).versions[orders.version]
+    assert status.parked == len(parked) > 3
+    assert not status.stopped
+
+
+async def test_a_row_stays_parked_for_the_next_projector(world: World, orders: ReadModel) -> None:
+    world.append([("a", "Placed", {"items": 1})])
+    with orders.projector():
+        orders.wait()
+    world.append([("a", "Placed", {"items": 1, "total": 1}), ("b", "Placed", {"items": 1, "total": 1})])
+    with orders.projector():
+        orders.wait()
+    assert list(orders.rows()) == ["b"]
+    assert [key for key, _, _ in orders.parked()] == ["a", "a"]
+
+
+async def test_beyond_the_bound_a_partition_stops_visibly_and_the_others_go_on(world: World, orders: ReadModel) -> None:
+    world.append([("a", "Placed", {"items": 1})] * 3)
+    here = world.events["orders"].index(next(log for log in world.events["orders"] if log))
+    incarnation = world.streams["orders"].incarnation
+    with orders.projector(parked_limit=5):
+        orders.wait()
+        world.append([("a", "Placed", {"items": 1})] * 5)
+        world.append(random_events(100))
+        until(
+            lambda: all(
+                orders.applied()[incarnation, number] == len(log)
+                for number, log in enumerate(world.events["orders"])
+                if number != here
+            ),
+            "the other partitions to go on",
+        )
+        until(lambda: orders.applied()[incarnation, here] == 5, "the partition to stop after its fifth parked event")
+
+    status = (await orders.status()).versions[orders.version]
+    assert len(status.stopped) == 1
+    assert "more than 5 events" in status.stopped[0]
+    assert "position 6" in status.stopped[0]
+    with orders.projector(parked_limit=1000):  # more room lets it go on
+        orders.wait()
+    assert not (await orders.status()).versions[orders.version].stopped
+
+
+async def test_heads_and_lag_stand_in_the_read_store(world: World, orders: ReadModel) -> None:
+    world.append(random_events(60))
+
+    def seen() -> bool:
+        found = orders.execute(
+            "select bool_and(head = position and lag_seconds = 0 and seen_at is not null) from {schema}.positions"
+        )
+        return bool(found[0][0])
+
+    with orders.projector():
+        orders.wait()
+        until(seen, "heads")
+        before = orders.execute("select seen_at from {schema}.positions order by partition")
+        world.append([("a", "Placed", {"items": 1})])
+        orders.wait()
+        until(seen, "heads")
+        after = orders.execute("select seen_at from {schema}.positions order by partition")
+    assert sum(a != b for a, b in zip(before, after, strict=True)) <= 1, "idle partitions aren't written"
+
+
+async def test_outages_of_postgresql_and_kafka_are_waited_out(
+    world: World, orders: ReadModel, postgres: Postgres, kafka: Kafka
+) -> None:
+    with orders.projector():
+        world.append(random_events(100))
+        orders.wait()
+        postgres.kill()
+        postgres.start()
+        world.append(random_events(100, seed=2))
+        orders.wait()
+        kafka.kill()
+        world.store(random_events(50, seed=3))
+        kafka.start()
+        world.append(random_events(100, seed=4))
+        orders.wait(60)
+        postgres.restart()
+        world.append(random_events(100, seed=5))
+        orders.wait()
+    assert orders.rows() == fold_orders(world)
+
+
+async def test_text_of_every_kind_arrives_as_it_was(world: World) -> None:
+    from refold.projection.definition import Column, Definition, FoldRule
+
+    definition = Definition(
+        streams=["orders"],
+        columns=[
+            Column(name="note", type="text"),
+            Column(name="done", type="boolean"),
+            Column(name="at", type="timestamp"),
+            Column(name="raw", type="json"),
+        ],
+        fold=[
+            FoldRule(type="Noted", set={"note": "data.note", "done": "data.done", "at": "event.time", "raw": "data"})
+        ],
+    )
+    model = await world.projection(definition, "notes")
+    notes = ["", "\\N", "tab\tand\nnewline\r\\", "ünï→💶", "'\"{}(),"]
+    world.append([(f"s{number}", "Noted", {"note": note, "done": True}) for number, note in enumerate(notes)])
+    world.append([("null", "Noted", {"note": None, "done": None})])
+    with model.projector():
+        model.wait()
+    rows = model.rows()
+    assert [rows[f"s{number}"]["note"] for number in range(len(notes))] == notes
+    assert rows["null"]["note"] is None
+    assert rows["s2"]["raw"] == {"note": notes[2], "done": True}
+    times = {event.subject: event.time for log in world.events["orders"] for event in log}
+    assert {key: row["at"] for key, row in rows.items()} == times
+    assert json.dumps(rows["s4"]["done"]) == "true"
