@@ -333,7 +333,7 @@ def test_a_new_chart_version_alone_restarts_no_pod() -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("process", ["operator", "relay"])
+@pytest.mark.parametrize("process", ["operator", "eventstore", "relay"])
 def test_the_variables_of_a_process_are_those_that_its_settings_know(process: str, values: dict[str, Any]) -> None:
     module = "refold_operator.settings" if process == "operator" else f"refold.{process}.settings"
     settings = importlib.import_module(module).Settings
