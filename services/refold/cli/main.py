@@ -4,9 +4,38 @@ Each process is imported only when it is asked for, so that `refold --help` is q
 loads the operator.
 """
 
-import typer
+from collections.abc import Callable
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Refold: event sourcing and CQRS on Kubernetes.")
+import structlog
+import typer
+from pydantic import ValidationError
+
+# Typer's own tracebacks show local variables, so secrets.
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Refold: event sourcing and CQRS on Kubernetes.",
+)
+
+
+def _run(main: Callable[[], None]) -> None:
+    """Run a process; settings that are wrong end it with exit code 2 and their names, and anything else is logged."""
+    log = structlog.get_logger(__name__)
+    try:
+        main()
+    except ValidationError as error:
+        if error.title != "Settings":
+            log.exception("The process failed")
+            raise typer.Exit(1) from error
+        # Without the values, which may be secrets.
+        found = error.errors(include_input=False, include_url=False, include_context=False)
+        wrong = {f"REFOLD_{'.'.join(map(str, one['loc']))}".upper(): one["msg"] for one in found}
+        log.error("Environment variables are missing or wrong", variables=wrong)
+        raise typer.Exit(2) from None
+    except Exception as error:
+        log.exception("The process failed")
+        raise typer.Exit(1) from error
 
 
 @app.command()
@@ -14,7 +43,7 @@ def eventstore() -> None:
     """Serve the event store of one PostgreSQL database over HTTP."""
     from refold.eventstore.server import main
 
-    main()
+    _run(main)
 
 
 @app.command()
@@ -22,7 +51,7 @@ def relay() -> None:
     """Carry events from the event store to Kafka, exactly once and in order."""
     from refold.relay.main import main
 
-    main()
+    _run(main)
 
 
 @app.command()
@@ -30,7 +59,7 @@ def projector() -> None:
     """Fold one version of a Projection from Kafka (and the event store) into its read store."""
     from refold.projection.main import main
 
-    main()
+    _run(main)
 
 
 @app.command()
@@ -38,7 +67,7 @@ def query() -> None:
     """Serve one Projection's read model over HTTP."""
     from refold.query.server import main
 
-    main()
+    _run(main)
 
 
 @app.command()
@@ -46,4 +75,4 @@ def operator() -> None:
     """Reconcile EventStreams and Projections (needs a Kubernetes cluster)."""
     from refold_operator.main import main
 
-    main()
+    _run(main)

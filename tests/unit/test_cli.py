@@ -1,0 +1,38 @@
+"""The `refold` command as a container starts it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REFOLD = Path(sys.executable).with_name("refold")
+
+
+def run(command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("REFOLD_")}
+    return subprocess.run(
+        [REFOLD, command], env={**environment, **variables}, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("command", ["eventstore", "relay", "projector", "query", "operator"])
+def test_a_process_without_its_settings_names_them_in_one_json_line(command: str) -> None:
+    ended = run(command)
+    assert ended.returncode == 2
+    [line] = ended.stderr.splitlines()
+    logged = json.loads(line)
+    assert (logged["level"], logged["process"]) == ("error", command)
+    assert len(logged["variables"]) >= 2
+    assert set(logged["variables"].values()) == {"Field required"}
+
+
+def test_settings_that_are_wrong_are_named_without_their_values() -> None:
+    ended = run(
+        "query", REFOLD_PROJECTION="a", REFOLD_READSTORE_DSN="postgresql://u:hunter2@h/d", REFOLD_TOKEN="hunter2" * 9
+    )
+    assert ended.returncode == 2
+    assert set(json.loads(ended.stderr)["variables"]) == {"REFOLD_PROJECTION"}
+    assert "hunter2" not in ended.stderr + ended.stdout
