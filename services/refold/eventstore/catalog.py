@@ -440,7 +440,10 @@ async def _select(conn: AsyncConnection[Any], where: sql.Composable) -> list[Str
 @contextlib.asynccontextmanager
 async def _as_owner(conn: AsyncConnection[Any], owner: str) -> AsyncIterator[None]:
     """Act as `owner` for a part of the current transaction."""
-    await conn.execute(sql.SQL("set local role {}").format(sql.Identifier(owner)))
+    try:
+        await conn.execute(sql.SQL("set local role {}").format(sql.Identifier(owner)))
+    except psycopg.errors.InvalidParameterValue as error:  # there is no such role
+        raise _not_installed(conn) from error
     yield
     # Not in a finally: after an error the transaction is rolled back, and the role with it.
     await conn.execute("set local role none")

@@ -363,8 +363,11 @@ class EventStore:
     async def _lane(self, namespace: str, name: str) -> "_Lane":
         lane = self._lanes.get((namespace, name))
         if lane is None:
+            asked = time.monotonic()
             async with self._refreshing:
-                if self._refreshed < time.monotonic() - REFRESH_ON_MISS:
+                # All that wait here are answered by one look that began after they asked.
+                if self._refreshed < asked:
+                    await asyncio.sleep(self._refreshed + REFRESH_ON_MISS - asked)
                     await self._refresh()
                 elif self._refused is not None:
                     raise UnavailableError(self._refused)
@@ -375,6 +378,7 @@ class EventStore:
 
     async def _refresh(self) -> None:
         """Read the catalog; remember when, and what came of it, since every unknown name asks for it."""
+        self._refreshed = time.monotonic()
         try:
             async with self._reaching(), asyncio.timeout(10), self._control.lend() as conn:
                 streams = {(s.namespace, s.name): s for s in await catalog.list_streams(conn) if s.state == "active"}
@@ -382,8 +386,6 @@ class EventStore:
         except EventStoreError as error:
             self._refused = str(error)
             raise
-        finally:
-            self._refreshed = time.monotonic()
         for key in self._lanes.keys() - streams.keys():
             del self._lanes[key]  # appends that wait in the lane are still answered by it
         for key, stream in streams.items():
