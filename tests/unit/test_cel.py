@@ -1,7 +1,9 @@
 """CEL as docs/expressions.md documents it, example by example."""
 
 import datetime as dt
+import re
 from decimal import Decimal
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -385,3 +387,30 @@ def nest(depth: int) -> object:
 
 def test_a_macros_variable_hides_nothing_and_ends_with_its_macro() -> None:
     assert evaluate("data.items.map(x, x + data.items.filter(x, x > 2)[0])") == [4, 5, 6]
+
+
+def examples() -> list[tuple[str, str]]:
+    """The examples of docs/expressions.md: lines `expression // → value` in its cel blocks."""
+    text = (Path(__file__).parents[2] / "docs" / "expressions.md").read_text()
+    lines = [line for block in re.findall(r"```cel\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    return [(source.strip(), value) for source, value in (line.split("// → ") for line in lines)]
+
+
+@pytest.mark.parametrize(("source", "value"), examples())
+def test_the_documentations_examples_are_true(source: str, value: str) -> None:
+    data = {
+        "qty": 3,
+        "price": Decimal("4.99"),
+        "customer": {"name": "Ada"},
+        "tags": ["pen", "blue"],
+        "lines": [{"sku": "pen", "qty": 1}, {"sku": "ink", "qty": 2}],
+    }
+    assert same(evaluate(source, data), evaluate(value))
+
+
+def test_the_documentation_names_every_function() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "expressions.md").read_text()
+    with pytest.raises(cel.CelError) as refused:
+        cel.check("nothing()")
+    for name in refused.value.message.split("there are ")[1].split(", "):
+        assert f"{name}(" in text

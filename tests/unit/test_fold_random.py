@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refold.events import Event
 from refold.projection.definition import parse
-from refold.projection.fold import Parked, RowChange, compile_fold
+from refold.projection.fold import Fold, Parked, RowChange, compile_fold
 
 TIME = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 COLUMNS = [
@@ -103,7 +103,7 @@ steps = st.tuples(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(steps, max_size=40))
 def test_any_batches_give_the_table_of_the_naive_fold(history: list[tuple[str, str, Any, Decimal, bool]]) -> None:
     wanted: Table = {}
@@ -164,6 +164,63 @@ SEVERAL_PARTITIONS = compile_fold(
         }
     )
 )
+
+
+def wild(key: str, rule: dict[str, Any]) -> Fold:
+    names = ("text", "integer", "numeric", "boolean", "timestamp", "json")
+    columns = [{"name": name, "type": name} for name in names]
+    rules = [{"type": "E", **rule}, {"type": "Good", "set": {"text": "'good'"}}]
+    return compile_fold(parse({"streams": ["orders"], "key": key, "columns": columns, "fold": rules}))
+
+
+WILD = [
+    wild(key, rule)
+    for key in ("subject", "has(data.k) ? data.k : [subject, string(data.a)]")
+    for rule in (
+        {"set": {"text": "data.a + data.b"}, "when": "data.a > data.b || data.a == data.b"},
+        {"set": {"text": "data.a"}},
+        {"set": {"integer": "data.a"}},
+        {"set": {"numeric": "data.a * data.b - data.a / data.b"}, "when": "!has(data.k)"},
+        {"add": {"numeric": "data.a"}},
+        {"set": {"boolean": "data.a == data.b"}},
+        {"set": {"json": "{'a': data.a, 'l': [data.b]}"}, "when": "data.a in data.b || data.a != null"},
+        {"add": {"integer": "int(data.a) % size(data.b)"}},
+        {"set": {"text": "string(data.a) + string(data.b)"}, "when": "data.b.all(x, x == data.a) || true"},
+        {"set": {"timestamp": "timestamp(data.a)"}},
+        {"set": {"timestamp": "event.time + duration(data.a)"}},
+    )
+]
+numbers = st.sampled_from(
+    ["0", "-1", "2.0", "1e308", "1e-308", "1E+999999", "9" * 300, "0.1", "-0.0", "9223372036854775808"]
+)
+texts = st.one_of(st.text(max_size=5), st.sampled_from(["", "\0", "2026-01-01T00:00:00Z", "x" * 600])).map(json.dumps)
+documents = st.recursive(
+    st.one_of(numbers, texts, st.sampled_from(["null", "true", "false", '{"d": [{"e": true}]}', "{", "[1,"])),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3).map(lambda items: f"[{', '.join(items)}]"),
+        st.dictionaries(st.sampled_from(["a", "b", "c", "d", "k"]), inner, max_size=5).map(
+            lambda items: "{" + ", ".join(f'"{key}": {value}' for key, value in items.items()) + "}"
+        ),
+    ),
+    max_leaves=10,
+)
+operands = st.one_of(numbers, texts, documents)
+records = st.fixed_dictionaries({"a": operands, "b": operands}, optional={"c": documents, "k": documents}).map(
+    lambda items: "{" + ", ".join(f'"{key}": {value}' for key, value in items.items()) + "}"
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(WILD), st.one_of(records, records, documents))
+def test_no_event_whatever_its_data_stops_a_batch(compiled: Fold, text: str) -> None:
+    bad = Event(0, 1, "a", 1, "1", "E", TIME, msgspec.Raw(text.encode(errors="surrogatepass")))
+    good = event("Good", {"k": "good"}, subject="good", position=2)
+    batch = compiled.batch()
+    batch.fold("i", [bad, good])
+    assert batch.changes["good"].set["text"] == "good"
+    assert all(one.error for one in batch.parked)
+
+
 facts = st.tuples(
     st.sampled_from(["E", "F"]),
     st.lists(st.sampled_from(["x", "y", "z"]), max_size=3),
@@ -176,7 +233,7 @@ partitions = st.dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(partitions, st.data())
 def test_any_order_between_partitions_gives_the_same_table(history: dict[tuple[str, int], Any], data: Any) -> None:
     queues: dict[tuple[str, int], list[Event]] = {}

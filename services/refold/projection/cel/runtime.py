@@ -483,7 +483,9 @@ def to_timestamp(value: object, at: At = None) -> dt.datetime:
                 return moment - offset if sign == "+" else moment + offset
         elif _is_number(value):
             return _EPOCH + dt.timedelta(seconds=whole(value, at))
-    except (ValueError, OverflowError) as error:
+    except OverflowError:
+        raise EvaluationError(f"{show(value)} is not a time in the years 1 to 9999", at) from None
+    except ValueError as error:
         raise EvaluationError(f"{show(value)} is not a time: {error}", at) from error
     raise EvaluationError(f"{show(value)} is not a time like 2026-01-31T23:59:59Z (RFC 3339)", at)
 
