@@ -15,9 +15,9 @@ from refold.projection.readstore.postgres import rows_table
 
 
 class Statement(NamedTuple):
-    """SQL and its parameters."""
+    """SQL, rendered once where it doesn't change, and its parameters."""
 
-    sql: sql.Composed
+    sql: bytes
     parameters: Mapping[str, Any]
 
 
@@ -60,12 +60,19 @@ class LiveVersion:
         ).format(**names)
         self._row = sql.SQL("(select row_to_json(d)::text from (select {data}) d)").format(**names)
         self._rows = sql.SQL("{rows} r").format(**names)
-        self._by_keys = sql.SQL(
-            "{state}, null::text as key, null::text as data union all "
-            "select null, null, null, r.key, {row} from {rows} where r.key = any(%(keys)s::text[])"
-        ).format(state=self._state, row=self._row, rows=self._rows)
-        self._parked = sql.SQL("{state}, (select count(*) from {parked} where version = {version}) as parked").format(
-            state=self._state, **names
+        self._by_keys = (
+            sql.SQL(
+                "{state}, null::text as key, null::text as data union all "
+                "select null, null, null, r.key, {row} from {rows} where r.key = any(%(keys)s::text[])"
+            )
+            .format(state=self._state, row=self._row, rows=self._rows)
+            .as_bytes()
+        )
+        self._positions = self._state.as_bytes()
+        self._parked = (
+            sql.SQL("{state}, (select count(*) from {parked} where version = {version}) as parked")
+            .format(state=self._state, **names)
+            .as_bytes()
         )
 
     def by_keys(self, keys: Sequence[str]) -> Statement:
@@ -93,13 +100,15 @@ class LiveVersion:
             sql.SQL(
                 "{state}, null::text as key, null::text as data union all select null, null, null, p.key, p.data from "
                 "(select r.key, {row} as data from {rows} where {wanted} order by r.key limit %(most)s) p"
-            ).format(state=self._state, row=self._row, rows=self._rows, wanted=sql.SQL(" and ").join(wanted)),
+            )
+            .format(state=self._state, row=self._row, rows=self._rows, wanted=sql.SQL(" and ").join(wanted))
+            .as_bytes(),
             parameters,
         )
 
     def positions(self) -> Statement:
         """Return what reads the first row alone."""
-        return Statement(self._state, {})
+        return Statement(self._positions, {})
 
     def status(self) -> Statement:
         """Return what reads the first row and, as its fourth column, how many events are parked."""

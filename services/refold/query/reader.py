@@ -137,9 +137,11 @@ class Reader:
 
     async def _look(self) -> LiveVersion:
         """Read which version is live, and its definition."""
-        query = sql.SQL(
-            "select live, definition::text from {0}.pointer left join {0}.versions on version = live"
-        ).format(sql.Identifier(self._schema))
+        query = (
+            sql.SQL("select live, definition::text from {0}.pointer left join {0}.versions on version = live")
+            .format(sql.Identifier(self._schema))
+            .as_bytes()
+        )
         try:
             rows = await self._execute(query, {})
         except (errors.UndefinedTable, errors.InvalidSchemaName, errors.InsufficientPrivilege) as error:
@@ -154,7 +156,7 @@ class Reader:
         self._known_at = time.monotonic()
         return live
 
-    async def _execute(self, query: sql.Composed, parameters: Any) -> _Rows:
+    async def _execute(self, query: bytes, parameters: Any) -> _Rows:
         """Run a statement; once more on another connection where the server has closed the first (it restarted)."""
         try:
             async with asyncio.timeout(_STATEMENT_SECONDS + _CONNECTION_SECONDS):
@@ -171,7 +173,7 @@ class Reader:
                 "the PostgreSQL read store didn't answer in time or refused; this passes by itself once it is back"
             ) from error
 
-    async def _run(self, query: sql.Composed, parameters: Any) -> _Rows:
+    async def _run(self, query: bytes, parameters: Any) -> _Rows:
         async with self._pool.connection() as connection:
             cursor = await connection.execute(query, parameters, prepare=True)
             return await cursor.fetchall()
