@@ -4,6 +4,8 @@
 set -euo pipefail
 
 id_file=$REFOLD_KAFKA_DATA/cluster-id
+done_file=$REFOLD_KAFKA_DATA/formatted
+[ ! -e "$done_file" ] || exit 0
 if [ ! -s "$id_file" ]; then
   # As Kafka's random-uuid: 16 bytes in base64url, not beginning with a dash.
   head -c 16 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=' | sed 's/^-/A/' >"$id_file.new"
@@ -11,5 +13,7 @@ if [ ! -s "$id_file" ]; then
   sync
 fi
 # shellcheck disable=SC2086  # several options
-exec java $REFOLD_JAVA_OPTIONS -cp '/opt/kafka/libs/*' kafka.tools.StorageTool format --ignore-formatted \
+java $REFOLD_JAVA_OPTIONS -cp '/opt/kafka/libs/*' kafka.tools.StorageTool format --ignore-formatted \
   --cluster-id "$(cat "$id_file")" --config /etc/refold/server.properties
+touch "$done_file"
+sync
