@@ -204,7 +204,7 @@ class World:
             partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
             consumer.assign([TopicPartition(topic, partition, 0) for partition in partitions])
             while len(ended) < len(partitions):
-                for message in consumer.consume(1000, 0.5):
+                for message in consumer.consume(1000, 0.05):
                     error = message.error()
                     if error is None:
                         found.append(message)

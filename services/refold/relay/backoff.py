@@ -3,7 +3,7 @@
 import random
 
 FIRST_SECONDS = 0.2
-LONGEST_SECONDS = 15.0
+LONGEST_SECONDS = 5.0
 
 
 def seconds(failures: int, *, first: float = FIRST_SECONDS, longest: float = LONGEST_SECONDS) -> float:

@@ -136,7 +136,7 @@ def load(bootstrap: str, topic: str, shard: int, *, end: int, timeout: float, ch
         low, _ = consumer.get_watermark_offsets(TopicPartition(topic, shard), timeout=10)
         consumer.assign([TopicPartition(topic, shard, low)])
         while True:
-            for message in consumer.consume(10_000, timeout=0.5):
+            for message in consumer.consume(10_000, timeout=0.05):
                 error = message.error()
                 if error is None:
                     key, value = message.key(), message.value()

@@ -64,7 +64,7 @@ class Locks(threading.Thread):
                 failures += 1
                 log.warning("The session of the locks was lost", error=str(error).strip(), held=sorted(self._held))
                 self._held = frozenset()
-                self._stop_asked.wait(backoff.seconds(failures, longest=5))
+                self._stop_asked.wait(backoff.seconds(failures))
         self._pulse.end(self.name)
 
     def _hold(self, connection: psycopg.Connection) -> None:

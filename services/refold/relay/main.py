@@ -109,7 +109,7 @@ class Relay:
                     return source.store_id(connection)
             except (psycopg.Error, LookupError) as error:
                 failures += 1
-                delay = backoff.seconds(failures, longest=5)
+                delay = backoff.seconds(failures)
                 log.warning("Waiting for the store", error=str(error).strip(), in_seconds=round(delay, 1))
                 stop.wait(delay)
         return None

@@ -10,6 +10,7 @@ on alone, one event first (see `Progress.batch`), until the guilty one has faile
 and later.
 """
 
+import logging
 import threading
 import time
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from refold.relay.topics import Topics
 from refold.relay.wake import Mailbox, View
 
 _TAKEOVER_SECONDS = 60.0
+_FORESEEN = (LostError, KafkaException, psycopg.Error, TimeoutError, CheckpointTopicError)
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,17 @@ class Shard(threading.Thread):
             begin = time.monotonic()
             try:
                 self._own()
-            except (LostError, KafkaException, psycopg.Error, TimeoutError, CheckpointTopicError) as error:
+            except Exception as error:  # noqa: BLE001 - also a defect of ours must not leave the shard without an owner
+                foreseen = isinstance(error, _FORESEEN)
                 failures = 1 if time.monotonic() - begin > 2 * backoff.LONGEST_SECONDS else failures + 1
                 delay = backoff.seconds(failures)
                 metrics.FAILURES.labels(self.number).inc()
-                self._log.warning(
+                self._log.log(
+                    logging.WARNING if foreseen else logging.ERROR,
                     "The shard drops its state and starts again",
                     error=f"{type(error).__name__}: {error}".strip(),
                     in_seconds=round(delay, 1),
+                    exc_info=None if foreseen else error,
                 )
                 self._stop_asked.wait(delay)
         self._pulse.end(self.name)

@@ -88,7 +88,7 @@ class Watcher(threading.Thread):
             except psycopg.Error as error:
                 failures += 1
                 log.warning("The store can't be watched", error=str(error).strip())
-                self._stop_asked.wait(backoff.seconds(failures, longest=5))
+                self._stop_asked.wait(backoff.seconds(failures))
         self._pulse.end(self.name)
 
     def _poll(self, connection: psycopg.Connection) -> None:
