@@ -339,6 +339,8 @@ FAILING = [
     ("bool(data.name)", "bool() of string 'Ada' is not defined", 1, 1),
     ("timestamp('2026-02-30T00:00:00Z')", "is not a time", 1, 1),
     ("timestamp('2026-02-01')", "is not a time like", 1, 1),
+    ("timestamp('2026-02-01T00:00:00+00:60')", "is not a time like", 1, 1),
+    ("timestamp(0.5)", "number 0.5 is not a whole number", 1, 1),
     ("timestamp('0001-01-01T00:00:00+01:00')", "is not a time", 1, 1),
     ("timestamp(1e30)", "is not a time", 1, 1),
     ("duration('soon')", "is not a duration", 1, 1),

@@ -44,9 +44,7 @@ MAX_ITEMS = 100_000
 MAX_RANGE = 1_000
 
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
-_TIMESTAMP = re.compile(
-    r"(\d{4}-\d{2}-\d{2})[Tt](\d{2}:\d{2}:\d{2})(?:\.(\d{1,9}))?(?:([Zz])|([+-])(\d{2}):(\d{2}))", re.ASCII
-)
+_TIMESTAMP = re.compile(r"\d{4}-\d{2}-\d{2}[Tt]\d{2}:\d{2}:\d{2}(\.\d{1,9})?([Zz]|[+-]\d{2}:[0-5]\d)", re.ASCII)
 _DURATION = re.compile(r"([+-]?)((?:\d{1,15}(?:\.\d{1,9})?(?:h|ms|us|µs|ns|m|s))+|0)", re.ASCII)
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(h|ms|us|µs|ns|m|s)", re.ASCII)
 _MICROSECONDS = {
@@ -468,21 +466,14 @@ def to_string(value: object, at: At = None) -> str:
 
 def to_timestamp(value: object, at: At = None) -> dt.datetime:
     """Return `timestamp(value)`: of an RFC 3339 text (cut to microseconds) or of seconds since 1970."""
+    seconds = whole(value, at) if _is_number(value) else None
     try:
         if type(value) is dt.datetime:
             return value
-        if type(value) is str and (match := _TIMESTAMP.fullmatch(value)):
-            day, time, fraction, zulu, sign, hours, minutes = match.groups()
-            moment = dt.datetime.fromisoformat(f"{day}T{time}").replace(
-                microsecond=int((fraction or "")[:6].ljust(6, "0")), tzinfo=dt.UTC
-            )
-            if zulu:
-                return moment
-            if int(hours) < 24 and int(minutes) < 60:
-                offset = dt.timedelta(hours=int(hours), minutes=int(minutes))
-                return moment - offset if sign == "+" else moment + offset
-        elif _is_number(value):
-            return _EPOCH + dt.timedelta(seconds=whole(value, at))
+        if seconds is not None:
+            return _EPOCH + dt.timedelta(seconds=seconds)
+        if type(value) is str and _TIMESTAMP.fullmatch(value):
+            return dt.datetime.fromisoformat(value.upper()).astimezone(dt.UTC)
     except OverflowError:
         raise EvaluationError(f"{show(value)} is not a time in the years 1 to 9999", at) from None
     except ValueError as error:
