@@ -13,7 +13,7 @@ from psycopg.conninfo import conninfo_to_dict
 from refold_operator.errors import UnreachableError
 
 _CONNECT_SECONDS = 5
-_WAIT_SECONDS = 10.0
+_WAIT_SECONDS = 6.0
 _STATEMENT_SECONDS = 60
 # SQLSTATE classes and codes of an outage: connection, resources, operator intervention, read-only (a standby after
 # a failover), lock and statement timeouts, serialization and deadlock.

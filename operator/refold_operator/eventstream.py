@@ -214,10 +214,11 @@ async def _topic(
     if isinstance(plan, Refuse):
         raise ReconcileError("TopicReady", plan.reason, plan.message)
     with _store_errors():
-        claim = await store.claim(
-            namespace=stream.metadata.namespace, name=stream.metadata.name, uid=stream.metadata.uid,
-            partitions=stream.spec.partitions, topic=name, kafka_cluster=cluster,
-        )  # fmt: skip
+        if claim is None or (claim.uid, claim.kafka_cluster) != (stream.metadata.uid, cluster):
+            claim = await store.claim(
+                namespace=stream.metadata.namespace, name=stream.metadata.name, uid=stream.metadata.uid,
+                partitions=stream.spec.partitions, topic=name, kafka_cluster=cluster,
+            )  # fmt: skip
         if isinstance(plan, Create) and claim.topic_id:
             # So that a crash right after the topic was made leaves a claim that fits any topic of this name.
             lost, claim = claim.topic_id, await store.record_topic(claim, "")

@@ -1,0 +1,280 @@
+"""EventStreams against real Kafka and PostgreSQL: claims, topics, drift, outages, deletion policies."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from typing import Any
+
+import psycopg
+import pytest
+from refold_operator import credentials, eventstream, resources
+from refold_operator.database import Database
+from refold_operator.errors import ReconcileError
+from refold_operator.eventstream import Result
+from refold_operator.kafka import Kafka
+from refold_operator.store import Store
+
+from hack.servers import Kafka as KafkaServer
+from hack.servers import Postgres
+
+KEY = b"k" * credentials.KEY_BYTES
+_numbers = itertools.count(1)
+
+
+@pytest.fixture
+async def store(database: str) -> AsyncIterator[Store]:
+    """An installed store in a database of its own."""
+    opened = Database(database, "event store")
+    await opened.open()
+    store = Store(opened)
+    await store.install(KEY)
+    yield store
+    await opened.close()
+
+
+@pytest.fixture(scope="session")
+def topics(kafka: KafkaServer) -> Kafka:
+    return Kafka(kafka.bootstrap)
+
+
+@pytest.fixture
+def name() -> str:
+    """A name that no other test uses, for topics live longer than a test's database."""
+    return f"stream-{next(_numbers)}"
+
+
+def resource(name: str, *, uid: str = "u-1", **spec: Any) -> resources.EventStream:
+    metadata = {"namespace": "shop", "name": name, "uid": uid, "generation": 1, "resourceVersion": "1"}
+    return resources.event_stream({"metadata": metadata, "spec": {"partitions": 3, **spec}})
+
+
+async def reconcile(stream: resources.EventStream, store: Store, topics: Kafka) -> Result:
+    """Reconcile, trying again while Kafka's answers are still on their way."""
+    for _ in range(20):
+        result = await eventstream.reconcile(stream, store=store, kafka=topics, default_replicas=1)
+        if result.conditions[0].reason != "TopicPending":
+            break
+        await asyncio.sleep(0.1)
+    return result
+
+
+async def until(topics: Kafka, topic: str, *, there: bool) -> None:
+    """Wait until the brokers' metadata has the news."""
+    async with asyncio.timeout(10):
+        while (await topics.topic(topic) is not None) is not there:  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.05)
+
+
+def ready(result: Result) -> tuple[str, str]:
+    assert result.conditions[0].type == "Ready"
+    return result.conditions[0].status, result.conditions[0].reason
+
+
+async def test_topic_and_schema_are_made_and_the_stream_is_served(store: Store, topics: Kafka, name: str) -> None:
+    result = await reconcile(resource(name, topic={"config": {"retention.ms": "1000"}}), store, topics)
+    assert ready(result) == ("True", "Active")
+    assert [condition.status for condition in result.conditions] == ["True", "True", "True"]
+    assert result.status == {"topic": f"shop.{name}", "events": 0}
+    topic = await topics.topic(f"shop.{name}")
+    assert topic is not None
+    assert topic.partitions == 3
+    assert topic.config == {"retention.ms": "1000", "cleanup.policy": "delete"}
+    claim = await store.stream("shop", name)
+    assert claim is not None
+    assert (claim.state, claim.uid, claim.topic_id) == ("active", "u-1", topic.id)
+
+
+async def test_a_second_reconcile_changes_nothing(store: Store, topics: Kafka, name: str) -> None:
+    await reconcile(resource(name), store, topics)
+    before = await topics.topic(f"shop.{name}"), await store.stream("shop", name)
+    async with store.database.connection() as connection:
+        writes = "select pg_current_xact_id_if_assigned(), pg_snapshot_xmax(pg_current_snapshot())"
+        first = await (await connection.execute(writes)).fetchone()
+        result = await reconcile(resource(name), store, topics)
+        second = await (await connection.execute(writes)).fetchone()
+    assert ready(result) == ("True", "Active")
+    assert (await topics.topic(f"shop.{name}"), await store.stream("shop", name)) == before
+    assert not result.found
+    assert first == second, "a reconcile of an unchanged stream writes nothing, so no transaction gets a number"
+
+
+async def test_a_foreign_topic_is_refused_until_it_is_gone(store: Store, topics: Kafka, name: str) -> None:
+    await topics.create(f"shop.{name}", partitions=3, replicas=1, config={})
+    await until(topics, f"shop.{name}", there=True)
+    foreign = await topics.topic(f"shop.{name}")
+    result = await reconcile(resource(name, deletionPolicy="Delete"), store, topics)
+    assert ready(result) == ("False", "TopicConflict")
+    assert result.failed
+    assert await store.stream("shop", name) is None, "a topic that isn't ours isn't claimed"
+    await eventstream.finalize(resource(name, deletionPolicy="Delete"), store=store, kafka=topics)
+    assert await topics.topic(f"shop.{name}") == foreign, "deletion leaves what was never ours"
+    await topics.delete(f"shop.{name}")
+    await until(topics, f"shop.{name}", there=False)
+    assert ready(await reconcile(resource(name), store, topics)) == ("True", "Active")
+
+
+async def test_a_crash_between_claim_and_topic_is_made_good(store: Store, topics: Kafka, name: str) -> None:
+    cluster = await topics.cluster_id()
+    claim = {"namespace": "shop", "name": name, "uid": "u-1", "partitions": 3, "topic": f"shop.{name}"}
+    await store.claim(**claim, kafka_cluster=cluster)  # type: ignore[arg-type]
+    assert ready(await reconcile(resource(name), store, topics)) == ("True", "Active")
+
+
+async def test_a_crash_between_topic_and_its_record_is_made_good(store: Store, topics: Kafka, name: str) -> None:
+    cluster = await topics.cluster_id()
+    claim = {"namespace": "shop", "name": name, "uid": "u-1", "partitions": 3, "topic": f"shop.{name}"}
+    await store.claim(**claim, kafka_cluster=cluster)  # type: ignore[arg-type]
+    await topics.create(f"shop.{name}", partitions=3, replicas=1, config={})
+    await until(topics, f"shop.{name}", there=True)
+    assert ready(await reconcile(resource(name), store, topics)) == ("True", "Active")
+    topic, recorded = await topics.topic(f"shop.{name}"), await store.stream("shop", name)
+    assert topic is not None
+    assert recorded is not None
+    assert recorded.topic_id == topic.id
+    assert topic.config == {"cleanup.policy": "delete"}
+
+
+async def test_a_deleted_topic_is_made_again(store: Store, topics: Kafka, name: str) -> None:
+    await reconcile(resource(name), store, topics)
+    former = await store.stream("shop", name)
+    assert former is not None
+    await topics.delete(f"shop.{name}")
+    await until(topics, f"shop.{name}", there=False)
+    result = await reconcile(resource(name), store, topics)
+    assert ready(result) == ("True", "Active")
+    claim, topic = await store.stream("shop", name), await topics.topic(f"shop.{name}")
+    assert claim is not None
+    assert topic is not None
+    assert claim.topic_id == topic.id != former.topic_id
+    assert claim.incarnation == former.incarnation, "the history is the same"
+
+
+async def test_drift_of_the_topics_config_is_undone(store: Store, topics: Kafka, name: str) -> None:
+    spec = {"config": {"retention.ms": "1000"}}
+    await reconcile(resource(name, topic=spec), store, topics)
+    await topics.configure(f"shop.{name}", {"retention.ms": "5", "segment.ms": "777", "cleanup.policy": "compact"})
+    result = await reconcile(resource(name, topic=spec), store, topics)
+    assert "retention.ms" in result.found
+    topic = await topics.topic(f"shop.{name}")
+    assert topic is not None
+    assert topic.config == {"retention.ms": "1000", "cleanup.policy": "delete"}
+
+
+async def test_what_kafka_refuses_is_said_with_its_words(store: Store, topics: Kafka, name: str) -> None:
+    result = await reconcile(resource(name, topic={"replicas": 3}), store, topics)
+    assert ready(result) == ("False", "TopicRefused")
+    assert "spec.topic" in result.conditions[0].message
+    assert "broker" in result.conditions[0].message
+    result = await reconcile(resource(name, topic={"config": {"min.insync.replicas": "-1"}}), store, topics)
+    assert ready(result) == ("False", "TopicRefused")
+    assert "min.insync.replicas" in result.conditions[0].message
+
+
+async def test_retain_leaves_all_and_the_same_name_takes_it_back(store: Store, topics: Kafka, name: str) -> None:
+    await reconcile(resource(name), store, topics)
+    before = await topics.topic(f"shop.{name}"), await store.stream("shop", name)
+    await eventstream.finalize(resource(name), store=store, kafka=topics)
+    released = await store.stream("shop", name)
+    assert released is not None
+    assert (released.state, released.uid) == ("released", None)
+    assert await topics.topic(f"shop.{name}") == before[0]
+    assert ready(await reconcile(resource(name, uid="u-2"), store, topics)) == ("True", "Active")
+    again = await store.stream("shop", name)
+    assert again is not None
+    assert before[1] is not None
+    assert (again.incarnation, again.topic_id) == (before[1].incarnation, before[1].topic_id)
+
+
+async def test_delete_drops_topic_and_schema(store: Store, topics: Kafka, name: str) -> None:
+    stream = resource(name, deletionPolicy="Delete")
+    await reconcile(stream, store, topics)
+    await eventstream.finalize(stream, store=store, kafka=topics)
+    assert await store.stream("shop", name) is None
+    await until(topics, f"shop.{name}", there=False)
+    async with store.database.connection() as connection:
+        cursor = await connection.execute("select from pg_namespace where nspname = %s", [f"shop.{name}"])
+        assert await cursor.fetchone() is None
+    await eventstream.finalize(stream, store=store, kafka=topics)
+
+
+async def test_delete_leaves_a_topic_that_someone_made_again(store: Store, topics: Kafka, name: str) -> None:
+    stream = resource(name, deletionPolicy="Delete")
+    await reconcile(stream, store, topics)
+    await topics.delete(f"shop.{name}")
+    await until(topics, f"shop.{name}", there=False)
+    await topics.create(f"shop.{name}", partitions=1, replicas=1, config={})
+    await until(topics, f"shop.{name}", there=True)
+    assert ready(await reconcile(stream, store, topics)) == ("False", "TopicConflict")
+    await eventstream.finalize(stream, store=store, kafka=topics)
+    assert await topics.topic(f"shop.{name}") is not None
+    assert await store.stream("shop", name) is None
+
+
+async def test_deletion_leaves_another_resources_stream(store: Store, topics: Kafka, name: str) -> None:
+    await reconcile(resource(name), store, topics)
+    await eventstream.finalize(resource(name, uid="u-2", deletionPolicy="Delete"), store=store, kafka=topics)
+    claim = await store.stream("shop", name)
+    assert claim is not None
+    assert claim.state == "active"
+    assert await topics.topic(f"shop.{name}") is not None
+
+
+async def test_two_resources_with_one_topic_are_told_apart(store: Store, topics: Kafka, name: str) -> None:
+    await reconcile(resource(name), store, topics)
+    thief = resource(f"{name}-thief", uid="u-2", topic={"name": f"shop.{name}"})
+    assert ready(await reconcile(thief, store, topics)) == ("False", "TopicConflict")
+    assert await store.stream("shop", f"{name}-thief") is None
+
+
+async def test_the_history_of_another_uid_is_not_taken_over(store: Store, topics: Kafka, name: str) -> None:
+    await reconcile(resource(name), store, topics)
+    result = await reconcile(resource(name, uid="u-2"), store, topics)
+    assert ready(result) == ("False", "Conflict")
+    assert "u-1" in result.conditions[0].message
+
+
+async def test_an_outage_of_kafka_is_a_condition_and_passes(
+    store: Store, kafka: KafkaServer, topics: Kafka, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("refold_operator.kafka._TIMEOUT_SECONDS", 2.0)
+    await reconcile(resource(name), store, topics)
+    kafka.stop()
+    try:
+        result = await reconcile(resource(name), store, topics)
+        assert ready(result) == ("False", "KafkaUnreachable")
+        assert {each.type: each.status for each in result.conditions}["StoreReady"] == "True"
+        with pytest.raises(ReconcileError, match="KafkaUnreachable"):
+            await eventstream.finalize(resource(name, deletionPolicy="Delete"), store=store, kafka=topics)
+        await eventstream.finalize(resource(name), store=store, kafka=topics)  # Retain doesn't need Kafka
+    finally:
+        kafka.start()
+    for _ in range(20):
+        result = await reconcile(resource(name), store, topics)
+        if ready(result)[0] == "True":
+            break
+    assert ready(result) == ("True", "Active")
+
+
+async def test_an_outage_of_postgresql_is_a_condition_and_passes(
+    store: Store, postgres: Postgres, topics: Kafka, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await reconcile(resource(name), store, topics)
+    postgres.stop()
+    try:
+        result = await reconcile(resource(name), store, topics)
+        assert ready(result) == ("False", "StoreUnreachable")
+        assert "refused" in result.conditions[0].message
+        with pytest.raises(ReconcileError, match="StoreUnreachable"):
+            await eventstream.finalize(resource(name), store=store, kafka=topics)
+    finally:
+        postgres.start()
+    assert ready(await reconcile(resource(name), store, topics)) == ("True", "Active")
+
+
+async def test_the_installations_logins_work_and_stay_the_same(store: Store) -> None:
+    first, second = await store.install(KEY), await store.install(KEY)
+    assert first == second
+    assert set(first) == {"eventstore", "relay"}
+    for login in first.values():
+        async with await psycopg.AsyncConnection.connect(login) as connection:
+            await connection.execute("select count(*) from refold.streams")

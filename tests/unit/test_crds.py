@@ -1,0 +1,151 @@
+"""The CRDs: structural, bounded, described, and equal to the models that read the resources."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from refold.projection.definition import Column, ColumnType, Definition, FoldRule
+from refold_operator import eventstream, resources
+
+CRDS = Path(__file__).parents[2] / "crds"
+FILES = {"EventStream": CRDS / "eventstreams.yaml", "Projection": CRDS / "projections.yaml"}
+
+
+def version(kind: str) -> dict[str, Any]:
+    (only,) = yaml.safe_load(FILES[kind].read_text())["spec"]["versions"]
+    return only
+
+
+def schema(kind: str, *path: str) -> dict[str, Any]:
+    node = version(kind)["schema"]["openAPIV3Schema"]
+    for name in path:
+        node = node["items"] if name == "[]" else node["properties"][name]
+    return node
+
+
+def nodes(node: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield path, node
+    for name, child in node.get("properties", {}).items():
+        yield from nodes(child, f"{path}.{name}")
+    if "items" in node:
+        yield from nodes(node["items"], f"{path}[]")
+    if isinstance(node.get("additionalProperties"), dict):
+        yield from nodes(node["additionalProperties"], f"{path}{{}}")
+
+
+ALL = [(kind, path, node) for kind in FILES for path, node in nodes(schema(kind), kind)]
+PARAMETERS = pytest.mark.parametrize(("kind", "path", "node"), ALL, ids=[path for _, path, _ in ALL])
+
+
+@PARAMETERS
+def test_every_field_is_described(kind: str, path: str, node: dict[str, Any]) -> None:
+    if path == f"{kind}.metadata":
+        assert set(node) == {"type"}, "the API server describes metadata itself and refuses anything else here"
+    else:
+        assert len(node["description"]) > 10
+        assert node["description"].rstrip().endswith(".")
+
+
+@PARAMETERS
+def test_the_schema_is_structural(kind: str, path: str, node: dict[str, Any]) -> None:
+    assert "type" in node or node.get("x-kubernetes-int-or-string"), "a structural schema types every node"
+    assert "properties" not in node or "additionalProperties" not in node
+    assert not node.get("x-kubernetes-preserve-unknown-fields")
+
+
+@PARAMETERS
+def test_what_people_write_is_bounded_so_that_rules_stay_cheap(kind: str, path: str, node: dict[str, Any]) -> None:
+    if not path.startswith(f"{kind}.spec"):
+        return
+    kind_of = node.get("type")
+    if kind_of == "array":
+        assert "maxItems" in node
+    elif kind_of == "object" and "additionalProperties" in node:
+        assert "maxProperties" in node
+    elif kind_of == "string":
+        assert "maxLength" in node or "enum" in node
+    elif kind_of == "integer":
+        assert {"minimum", "maximum"} <= set(node)
+
+
+@PARAMETERS
+def test_no_field_is_called_what_yaml_1_1_takes_for_a_boolean(kind: str, path: str, node: dict[str, Any]) -> None:
+    names = set(node.get("properties", {}))
+    assert all(isinstance(name, str) for name in names)
+    assert not {name.lower() for name in names} & {"on", "off", "yes", "no", "y", "n", "true", "false"}
+
+
+@PARAMETERS
+def test_lists_of_named_things_are_maps(kind: str, path: str, node: dict[str, Any]) -> None:
+    if node.get("type") == "array" and {"name", "type"} <= set(node["items"].get("properties", {})):
+        assert node["x-kubernetes-list-type"] == "map"
+
+
+@pytest.mark.parametrize(("kind", "short"), [("EventStream", "evs"), ("Projection", "proj")])
+def test_names_are_the_contract(kind: str, short: str) -> None:
+    spec = yaml.safe_load(FILES[kind].read_text())["spec"]
+    assert spec["group"] == "refold.dev"
+    assert spec["scope"] == "Namespaced"
+    assert spec["names"]["kind"] == kind
+    assert spec["names"]["shortNames"] == [short]
+    assert spec["names"]["categories"] == ["all", "refold"]
+    assert version(kind)["name"] == "v1alpha1"
+    assert "status" in version(kind)["subresources"]
+
+
+def test_scaling_a_projection_is_scaling_its_projectors() -> None:
+    assert version("Projection")["subresources"]["scale"] == {
+        "specReplicasPath": ".spec.projector.replicas",
+        "statusReplicasPath": ".status.replicas",
+        "labelSelectorPath": ".status.selector",
+    }
+    # kubectl scale needs a value to begin with
+    assert schema("Projection", "spec", "projector")["default"] == {}
+    assert schema("Projection", "spec", "projector", "replicas")["default"] == 1
+
+
+def test_printer_columns_show_fields_that_exist() -> None:
+    for kind in FILES:
+        for column in version(kind)["additionalPrinterColumns"]:
+            path = column["jsonPath"].partition("[?")[0].strip(".").split(".")
+            if path[0] != "metadata":
+                schema(kind, *path)
+
+
+def test_the_definitions_model_has_the_projections_fields() -> None:
+    own = {"projector", "query", "deletionPolicy"}
+    assert set(schema("Projection", "spec")["properties"]) - own == set(Definition.model_fields)
+    assert set(schema("Projection", "spec", "columns", "[]")["properties"]) == set(Column.model_fields)
+    assert set(schema("Projection", "spec", "fold", "[]")["properties"]) == set(FoldRule.model_fields)
+    assert schema("Projection", "spec", "columns", "[]", "type")["enum"] == [str(each) for each in ColumnType]
+
+
+def aliases(model: type[Any]) -> set[str]:
+    return {field.alias or name for name, field in model.model_fields.items()}
+
+
+def test_the_operators_models_have_the_resources_fields() -> None:
+    assert aliases(resources.EventStreamSpec) == set(schema("EventStream", "spec")["properties"])
+    assert aliases(resources.Topic) == set(schema("EventStream", "spec", "topic")["properties"])
+    assert aliases(resources.Processes) == set(schema("Projection", "spec", "projector")["properties"])
+    assert aliases(resources.Processes) == set(schema("Projection", "spec", "query")["properties"])
+    assert aliases(resources.ProjectionSpec) - {"streams"} == {"projector", "query", "deletionPolicy"}
+
+
+def test_the_rule_allows_the_topic_configs_that_the_operator_manages() -> None:
+    config = schema("EventStream", "spec", "topic", "config")
+    rule = config["x-kubernetes-validations"][0]["rule"]
+    allowed = {part for part in rule.replace("'", '"').split('"') if "." in part and "self" not in part}
+    assert allowed == eventstream.CONFIGURABLE
+    assert all(name in config["description"] for name in allowed)
+    assert not any(name.startswith("cleanup") for name in allowed)
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_the_models_read_the_defaults_that_the_api_server_fills_in(kind: str) -> None:
+    policy = schema(kind, "spec", "deletionPolicy")
+    model = resources.EventStreamSpec if kind == "EventStream" else resources.ProjectionSpec
+    assert model.model_fields["deletion_policy"].default == policy["default"]
+    assert set(policy["enum"]) == {"Retain", "Delete"}

@@ -1,0 +1,419 @@
+"""What the operator decides, without any server: topics, versions, manifests, conditions, passwords."""
+
+import base64
+import datetime as dt
+from typing import Any
+
+import pytest
+from psycopg.conninfo import conninfo_to_dict
+from pydantic import ValidationError
+from refold.eventstore.catalog import Stream
+from refold.projection.readstore import PartitionStatus, ProjectionStatus, VersionStatus
+from refold_operator import children, credentials, dsn, eventstream, projection, resources
+from refold_operator.children import Image
+from refold_operator.cluster import covers
+from refold_operator.errors import ReconcileError
+from refold_operator.eventstream import Create, Keep, Refuse, plan_topic
+from refold_operator.kafka import Topic
+from refold_operator.projection import plan_versions, progress
+from refold_operator.settings import Settings
+from refold_operator.status import Condition, conditions, merge_patch, only_numbers_changed
+
+CLUSTER = "kafka-one"
+
+
+def stream(**spec: Any) -> resources.EventStream:
+    metadata = {"namespace": "shop", "name": "orders", "uid": "u-1", "generation": 1, "resourceVersion": "7"}
+    return resources.event_stream({"metadata": metadata, "spec": {"partitions": 6, **spec}})
+
+
+def claim(**changes: Any) -> Stream:
+    values: dict[str, Any] = {
+        "stream": 1, "namespace": "shop", "name": "orders", "incarnation": "0" * 16, "uid": "u-1",
+        "schema": "shop.orders", "partitions": 6, "topic": "shop.orders", "kafka_cluster": CLUSTER,
+        "topic_id": "id-1", "state": "active", "migration": 1,
+    }  # fmt: skip
+    return Stream(**{**values, **changes})
+
+
+def topic(**changes: Any) -> Topic:
+    values: dict[str, Any] = {
+        "name": "shop.orders", "id": "id-1", "partitions": 6, "replicas": 1, "config": {"cleanup.policy": "delete"},
+    }  # fmt: skip
+    return Topic(**{**values, **changes})
+
+
+def plan(
+    resource: resources.EventStream, *, topic: Topic | None, claim: Stream | None, cluster: str = CLUSTER
+) -> Refuse | Create | Keep:
+    return plan_topic(resource, topic=topic, claim=claim, kafka_cluster=cluster, default_replicas=2)
+
+
+class TestTopics:
+    def test_a_missing_topic_is_created_and_never_compacted(self) -> None:
+        config = {"retention.ms": "1000"}
+        assert plan(stream(topic={"config": config}), topic=None, claim=None) == Create(
+            6, 2, {"cleanup.policy": "delete", "retention.ms": "1000"}
+        )
+
+    def test_the_specs_replicas_come_before_the_installations(self) -> None:
+        planned = plan(stream(topic={"replicas": 3}), topic=None, claim=None)
+        assert isinstance(planned, Create)
+        assert planned.replicas == 3
+
+    def test_a_topic_without_a_claim_is_left_alone(self) -> None:
+        planned = plan(stream(), topic=topic(), claim=None)
+        assert isinstance(planned, Refuse)
+        assert planned.reason == "TopicConflict"
+        assert "spec.topic.name" in planned.message
+
+    def test_a_topic_of_another_kafka_cluster_is_not_the_claimed_one(self) -> None:
+        planned = plan(stream(), topic=topic(), claim=claim(), cluster="kafka-two")
+        assert isinstance(planned, Refuse)
+        assert planned.reason == "TopicConflict"
+
+    def test_a_topic_that_was_made_just_before_a_crash_is_ours(self) -> None:
+        just_made = claim(topic_id=None, state="claimed")
+        assert plan(stream(), topic=topic(), claim=just_made) == Keep({})
+        assert plan(stream(), topic=topic(), claim=claim(topic_id="")) == Keep({})
+
+    def test_a_claim_without_an_id_of_another_resource_gives_no_right_to_the_topic(self) -> None:
+        for other in (None, "u-2"):
+            planned = plan(stream(), topic=topic(), claim=claim(uid=other, topic_id=None, state="claimed"))
+            assert isinstance(planned, Refuse)
+
+    def test_a_released_claim_takes_its_topic_back(self) -> None:
+        assert plan(stream(), topic=topic(), claim=claim(uid=None, state="released")) == Keep({})
+
+    def test_a_topic_that_someone_made_again_is_not_ours(self) -> None:
+        planned = plan(stream(), topic=topic(id="id-2"), claim=claim())
+        assert isinstance(planned, Refuse)
+        assert "id-2" in planned.message
+
+    def test_a_deleted_topic_is_made_again(self) -> None:
+        assert isinstance(plan(stream(), topic=None, claim=claim()), Create)
+
+    def test_a_topic_with_fewer_partitions_is_refused_and_one_with_more_is_noted(self) -> None:
+        planned = plan(stream(), topic=topic(partitions=4), claim=claim())
+        assert isinstance(planned, Refuse)
+        planned = plan(stream(), topic=topic(partitions=8), claim=claim())
+        assert isinstance(planned, Keep)
+        assert "2 more partitions" in planned.note
+
+    @pytest.mark.parametrize(
+        ("spec", "reason"),
+        [({"partitions": 3}, "PartitionsImmutable"), ({"topic": {"name": "elsewhere"}}, "TopicImmutable")],
+    )
+    def test_what_the_history_was_made_with_cannot_be_changed(self, spec: dict[str, Any], reason: str) -> None:
+        planned = plan(stream(**spec), topic=topic(), claim=claim(uid=None, state="released"))
+        assert isinstance(planned, Refuse)
+        assert planned.reason == reason
+        assert "spec." in planned.message
+
+    def test_drift_of_managed_configs_is_undone_and_others_are_left(self) -> None:
+        drifted = topic(
+            config={"cleanup.policy": "compact", "retention.ms": "5", "segment.ms": "7", "follower.replication.x": "1"}
+        )
+        planned = plan(stream(topic={"config": {"retention.ms": "1000"}}), topic=drifted, claim=claim())
+        assert planned == Keep({"cleanup.policy": "delete", "retention.ms": "1000", "segment.ms": None})
+
+    def test_an_unchanged_topic_needs_nothing(self) -> None:
+        assert plan(stream(), topic=topic(), claim=claim()) == Keep({})
+
+    def test_the_topic_is_named_after_the_stream_unless_the_spec_says_otherwise(self) -> None:
+        assert eventstream.topic_name(stream()) == "shop.orders"
+        assert eventstream.topic_name(stream(topic={"name": "other"})) == "other"
+
+
+def owner(**spec: Any) -> resources.Projection:
+    metadata = {"namespace": "shop", "name": "status", "uid": "u-9", "generation": 4, "resourceVersion": "7"}
+    return resources.projection({"metadata": metadata, "spec": {"streams": ["orders"], **spec}})
+
+
+IMAGE = Image("refold/refold:1", "IfNotPresent")
+
+
+def projector(resource: resources.Projection, *, store_dsn: str = "host=a") -> children.Manifest:
+    secret = children.projector_secret(resource, "abc", store_dsn=store_dsn, readstore_dsn="host=b")
+    return children.projector(resource, "abc", image=IMAGE, kafka_bootstrap="kafka:9092", secret=secret)
+
+
+def query(resource: resources.Projection) -> children.Manifest:
+    secret = children.query_secret(resource, readstore_dsn="host=b", token="t")
+    return children.query(resource, image=IMAGE, secret=secret)
+
+
+class TestManifests:
+    @pytest.mark.parametrize("manifest", [projector(owner()), query(owner())], ids=["projector", "query"])
+    def test_pods_meet_the_restricted_standard(self, manifest: children.Manifest) -> None:
+        pod = manifest["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] == 65532
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert pod["automountServiceAccountToken"] is False
+        assert {"livenessProbe", "readinessProbe", "startupProbe"} <= set(container)
+
+    @pytest.mark.parametrize("manifest", [projector(owner()), query(owner())], ids=["projector", "query"])
+    def test_secrets_come_from_secrets_only(self, manifest: children.Manifest) -> None:
+        (container,) = manifest["spec"]["template"]["spec"]["containers"]
+        for variable in container["env"]:
+            secret = variable["name"].endswith(("_DSN", "_TOKEN"))
+            assert ("valueFrom" in variable) is secret, variable["name"]
+
+    def test_a_projectors_environment_is_the_contract(self) -> None:
+        manifest = projector(owner())
+        (container,) = manifest["spec"]["template"]["spec"]["containers"]
+        assert container["args"] == ["projector"]
+        values = {variable["name"]: variable.get("value") for variable in container["env"]}
+        assert values == {
+            "REFOLD_PROJECTION": "shop/status",
+            "REFOLD_VERSION": "abc",
+            "REFOLD_KAFKA_BOOTSTRAP": "kafka:9092",
+            "REFOLD_STORE_DSN": None,
+            "REFOLD_READSTORE_DSN": None,
+            "REFOLD_PORT": "8080",
+        }
+        assert manifest["metadata"]["name"] == "status-projector-abc"
+
+    def test_other_credentials_replace_the_pods(self) -> None:
+        first, second = (
+            projector(owner(), store_dsn=each)["spec"]["template"]["metadata"]["annotations"]
+            for each in ("host=a", "host=c")
+        )
+        assert first != second
+
+    def test_everything_is_owned_by_the_projection(self) -> None:
+        for manifest in (projector(owner()), query(owner()), children.query_service(owner())):
+            assert children.owned_by(manifest, owner())
+            assert manifest["metadata"]["labels"][children.MANAGED_BY] == children.MANAGER
+        stranger = owner().model_copy(update={"metadata": owner().metadata.model_copy(update={"uid": "u-8"})})
+        assert not children.owned_by(query(stranger), owner())
+
+    def test_the_service_finds_the_query_pods_and_no_projectors(self) -> None:
+        selector = children.query_service(owner())["spec"]["selector"]
+        assert selector.items() <= query(owner())["spec"]["template"]["metadata"]["labels"].items()
+        assert not selector.items() <= projector(owner())["spec"]["template"]["metadata"]["labels"].items()
+
+    def test_the_scale_selector_finds_the_versions_pods_only(self) -> None:
+        selector = dict(part.split("=") for part in children.projector_selector(owner(), "abc").split(","))
+        labels = projector(owner())["spec"]["template"]["metadata"]["labels"]
+        assert selector.items() <= labels.items()
+        assert selector[children.VERSION_LABEL] == "abc"
+
+    def test_replicas_and_resources_come_from_the_spec(self) -> None:
+        resource = owner(projector={"replicas": 3, "resources": {"requests": {"memory": "1Gi"}}})
+        manifest = projector(resource)
+        assert manifest["spec"]["replicas"] == 3
+        (container,) = manifest["spec"]["template"]["spec"]["containers"]
+        # a default limit below the request would be refused by the API server
+        assert container["resources"]["requests"]["memory"] == "1Gi"
+        assert "memory" not in container["resources"]["limits"]
+        assert container["resources"]["requests"]["cpu"]
+
+    def test_the_longest_names_fit_into_labels(self) -> None:
+        resource = owner()
+        long = resource.model_copy(update={"metadata": resource.metadata.model_copy(update={"name": "n" * 40})})
+        manifest = children.projector(
+            long, "0123abcd", image=IMAGE, kafka_bootstrap="k",
+            secret=children.projector_secret(long, "0123abcd", store_dsn="", readstore_dsn=""),
+        )  # fmt: skip
+        assert all(len(value) <= 63 for value in manifest["metadata"]["labels"].values())
+        assert len(children.query_service(long)["metadata"]["name"]) <= 63
+
+    def test_a_changed_child_is_told_from_a_changed_wish(self) -> None:
+        applied = children.stamped(query(owner()))
+        assert children.same_wish(applied, children.stamped(query(owner())))
+        assert not children.same_wish(applied, children.stamped(query(owner(query={"replicas": 2}))))
+        assert not children.same_wish(query(owner()), applied)
+
+    def test_secrets_are_base64(self) -> None:
+        secret = children.installation_secret("refold-system", "refold-relay", {"dsn": "host=é"})
+        assert base64.b64decode(secret["data"]["dsn"]).decode() == "host=é"
+
+
+class TestCovering:
+    def test_what_the_api_server_adds_is_no_difference(self) -> None:
+        assert covers({"a": 1, "b": [{"c": 2, "added": 3}], "added": {}}, {"a": 1, "b": [{"c": 2}]})
+
+    @pytest.mark.parametrize(
+        "live", [{}, {"a": 2, "b": []}, {"a": 1, "b": [1, 2]}, {"a": 1, "b": {"c": 1}}, {"a": 1, "b": None}]
+    )
+    def test_what_differs_is_a_difference(self, live: dict[str, Any]) -> None:
+        assert not covers(live, {"a": 1, "b": [1]})
+
+
+class TestConditions:
+    NOW = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
+
+    def test_the_transition_time_stays_while_the_status_does(self) -> None:
+        before = [{"type": "Ready", "status": "False", "reason": "A", "lastTransitionTime": "2020-01-01T00:00:00Z"}]
+        (same,) = conditions([Condition("Ready", "False", "B", "m")], before=before, generation=3, now=self.NOW)
+        assert same["lastTransitionTime"] == "2020-01-01T00:00:00Z"
+        assert (same["reason"], same["observedGeneration"]) == ("B", 3)
+        (other,) = conditions([Condition("Ready", "True", "B", "m")], before=before, generation=3, now=self.NOW)
+        assert other["lastTransitionTime"] == "2026-01-02T03:04:05Z"
+
+    def test_a_message_fits_into_the_schema(self) -> None:
+        (condition,) = conditions([Condition("Ready", "True", "B", "m" * 9999)], before=[], generation=1, now=self.NOW)
+        assert len(condition["message"]) == 4096
+
+    def test_the_patch_leads_from_one_status_to_the_next(self) -> None:
+        before = {"same": 1, "gone": 2, "inner": {"same": 1, "gone": 2}, "list": [1]}
+        after = {"same": 1, "inner": {"same": 1, "new": 3}, "list": [2]}
+        assert merge_patch(before, after) == {"gone": None, "inner": {"gone": None, "new": 3}, "list": [2]}
+        assert merge_patch(after, after) == {}
+
+    def test_numbers_alone_are_told_from_news(self) -> None:
+        assert only_numbers_changed({"events": 1, "topic": "t"}, {"events": 2, "topic": "t"}, ["events"])
+        assert not only_numbers_changed({"events": 1, "topic": "t"}, {"events": 2, "topic": "u"}, ["events"])
+
+
+def version(name: str, **changes: Any) -> VersionStatus:
+    values: dict[str, Any] = {
+        "version": name, "live": False, "created_at": dt.datetime.now(dt.UTC), "parked": 0, "parked_error": None,
+        "partitions": [partition()],
+    }  # fmt: skip
+    return VersionStatus(**{**values, **changes})
+
+
+def partition(**changes: Any) -> PartitionStatus:
+    values: dict[str, Any] = {
+        "incarnation": "0" * 16, "partition": 0, "position": 10, "recorded_at": None, "head": 10, "lag_seconds": 0.0,
+        "seen_at": dt.datetime.now(dt.UTC), "stopped": None,
+    }  # fmt: skip
+    return PartitionStatus(**{**values, **changes})
+
+
+def deployment(name: str, *, wanted: int = 1, available: int = 1) -> dict[str, Any]:
+    return {
+        "metadata": {"name": name, "generation": 1},
+        "spec": {"replicas": wanted},
+        "status": {
+            "observedGeneration": 1, "replicas": wanted, "updatedReplicas": wanted, "availableReplicas": available,
+        },
+    }  # fmt: skip
+
+
+def outcome(
+    *,
+    target: str | None = "new",
+    live: str | None = "new",
+    versions: list[VersionStatus] | None = None,
+    deployments: list[dict[str, Any]] | None = None,
+    problem: ReconcileError | None = None,
+    resource: resources.Projection | None = None,
+) -> tuple[dict[str, Condition], projection.Result]:
+    state = ProjectionStatus(live=live, versions={each.version: each for each in versions or [version("new")]})
+    running = deployments or [deployment("status-query"), deployment("status-projector-new")]
+    result = projection._result(
+        resource or owner(),
+        target=target,
+        state=state,
+        deployments={each["metadata"]["name"]: each for each in running},
+        problem=problem,
+        found=[],
+    )
+    return {condition.type: condition for condition in result.conditions}, result
+
+
+class TestProjectionStatus:
+    def test_a_projection_that_serves_is_ready_and_nothing_else(self) -> None:
+        found, result = outcome()
+        assert {name: condition.status for name, condition in found.items()} == {
+            "Ready": "True", "Available": "True", "Progressing": "False", "Degraded": "False",
+        }  # fmt: skip
+        assert result.status["live"] == {"version": "new"}
+        assert result.status["lag"] == {"events": 0, "seconds": 0.0}
+        assert result.status["replicas"] == 1
+        assert result.status["url"] == "http://status-query.shop.svc"
+        assert result.again is None
+        assert not result.failed
+
+    def test_the_former_version_serves_while_the_next_is_built(self) -> None:
+        building = version("new", partitions=[partition(position=3)])
+        found, result = outcome(
+            live="old",
+            versions=[version("old"), building],
+            deployments=[deployment("status-query"), deployment("status-projector-old")],
+        )
+        assert found["Available"].status == "True"
+        assert (found["Ready"].status, found["Ready"].reason) == ("False", "Building")
+        assert found["Progressing"].status == "True"
+        assert result.status["building"] == {"version": "new", "progress": "30%"}
+        assert result.again is not None
+
+    def test_a_bad_definition_leaves_the_live_version_available(self) -> None:
+        error = ReconcileError("Ready", "UnknownColumn", "spec.fold[0].set.x: there is no column x")
+        found, result = outcome(target=None, problem=error)
+        assert found["Available"].status == "True"
+        assert (found["Ready"].status, found["Ready"].message) == ("False", "spec.fold[0].set.x: there is no column x")
+        assert found["Degraded"].status == "True"
+        assert result.failed
+
+    def test_parked_events_and_stopped_partitions_are_degraded_but_serve(self) -> None:
+        found, _ = outcome(versions=[version("new", parked=2, parked_error="no field x")])
+        assert (found["Degraded"].reason, found["Ready"].status) == ("EventsParked", "True")
+        assert "no field x" in found["Degraded"].message
+        found, _ = outcome(versions=[version("new", partitions=[partition(stopped="too many parked")])])
+        assert found["Degraded"].reason == "PartitionStopped"
+
+    def test_without_a_running_query_process_nothing_is_available(self) -> None:
+        found, _ = outcome(deployments=[deployment("status-query", available=0), deployment("status-projector-new")])
+        assert (found["Available"].status, found["Available"].reason) == ("False", "QueryStarting")
+        assert found["Ready"].status == "False"
+        found, _ = outcome(resource=owner(query={"replicas": 0}))
+        assert found["Available"].reason == "ScaledToZero"
+
+    def test_a_projector_that_does_not_start_is_not_ready_unless_none_is_wanted(self) -> None:
+        starting = [deployment("status-query"), deployment("status-projector-new", available=0)]
+        assert outcome(deployments=starting)[0]["Ready"].reason == "ProjectorStarting"
+        stopped = [deployment("status-query"), deployment("status-projector-new", wanted=0, available=0)]
+        found, _ = outcome(deployments=stopped, resource=owner(projector={"replicas": 0}))
+        assert found["Ready"].status == "True"
+        assert found["Progressing"].status == "False"
+
+    def test_progress_is_never_complete_before_every_partition_was_seen(self) -> None:
+        unseen = [partition(), partition(partition=1, position=0, head=0, seen_at=None)]
+        assert progress(version("new", partitions=unseen)) == "99%"
+        assert progress(version("new", partitions=[partition(position=0, head=0)])) == "100%"
+        assert progress(version("new", partitions=[partition(position=0, head=0, seen_at=None)])) == "0%"
+
+    def test_the_live_and_the_wanted_version_stay_and_all_others_go(self) -> None:
+        planned = plan_versions(target="c", live="a", stored={"a", "b", "c"}, running={"a", "x"})
+        assert planned.keep == {"a", "c"}
+        assert planned.drop == {"b", "x"}
+        assert plan_versions(target="c", live=None, stored=(), running=()).keep == {"c"}
+
+
+class TestCredentials:
+    def test_a_password_depends_on_the_key_and_the_login(self) -> None:
+        key = b"k" * 32
+        assert credentials.password(key, "a") == credentials.password(key, "a")
+        assert len({credentials.password(each, name) for each in (key, b"l" * 32) for name in "ab"}) == 4
+        assert len(credentials.password(key, "a")) >= 43
+
+    def test_keys_are_random(self) -> None:
+        assert credentials.new_key() != credentials.new_key()
+        assert len(credentials.new_key()) == 32
+
+    def test_a_login_goes_the_administrators_way(self) -> None:
+        made = dsn.login("postgresql://admin:s%20ecret@db:6543/shop?sslmode=require&passfile=/x", "us er", "p'w")
+        assert conninfo_to_dict(made) == {
+            "host": "db", "port": "6543", "dbname": "shop", "sslmode": "require", "user": "us er", "password": "p'w",
+        }  # fmt: skip
+
+    @pytest.mark.parametrize("wrong", ["nonsense", "postgresql://db", "dbname=x", "postgresql:///x"])
+    def test_a_dsn_that_cannot_work_is_refused_without_being_told(self, wrong: str) -> None:
+        with pytest.raises(ValidationError) as refused:
+            Settings(
+                store_admin_dsn=wrong, readstore_admin_dsn=wrong, kafka_bootstrap="k", image="i", namespace="n",
+                token="very-secret",
+            )  # type: ignore[arg-type]  # fmt: skip
+        assert wrong not in str(refused.value)
+        assert "secret" not in str(refused.value)

@@ -1,0 +1,157 @@
+"""The work queue: one run at a time a resource, causes merged, failures retried with back-off."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+from refold_operator.workqueue import Key, Outcome, WorkQueue, backoff
+
+A, B = Key("EventStream", "shop", "a"), Key("EventStream", "shop", "b")
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not holds():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.005)
+
+
+class Runs:
+    """Counts runs; answers what it was told, after `hold` was set."""
+
+    def __init__(self, *outcomes: Outcome | Exception) -> None:
+        self.keys: list[Key] = []
+        self.now = 0
+        self.most = 0
+        self.hold = asyncio.Event()
+        self.hold.set()
+        self._outcomes = list(outcomes)
+
+    async def __call__(self, key: Key) -> Outcome:
+        self.keys.append(key)
+        self.now += 1
+        self.most = max(self.most, self.now)
+        try:
+            await self.hold.wait()
+        finally:
+            self.now -= 1
+        outcome = self._outcomes.pop(0) if self._outcomes else Outcome()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
+async def working(queue: WorkQueue, workers: int, body: Callable[[], Awaitable[None]]) -> None:
+    task = asyncio.create_task(queue.work(workers))
+    try:
+        await body()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_many_causes_before_a_run_are_one_run() -> None:
+    runs = Runs()
+    queue = WorkQueue(runs)
+    for _ in range(10):
+        queue.add(A)
+
+    async def body() -> None:
+        await until(lambda: len(runs.keys) == 1)
+        await asyncio.sleep(0.05)
+        assert runs.keys == [A]
+
+    await working(queue, 4, body)
+
+
+async def test_a_cause_during_a_run_begins_another_one_after_it() -> None:
+    runs = Runs()
+    queue = WorkQueue(runs)
+    runs.hold.clear()
+    queue.add(A)
+
+    async def body() -> None:
+        await until(lambda: runs.now == 1)
+        queue.add(A)
+        await asyncio.sleep(0.05)
+        assert len(runs.keys) == 1
+        runs.hold.set()
+        await until(lambda: len(runs.keys) == 2)
+        assert runs.most == 1
+
+    await working(queue, 4, body)
+
+
+async def test_different_resources_run_at_the_same_time() -> None:
+    runs = Runs()
+    queue = WorkQueue(runs)
+    runs.hold.clear()
+    queue.add(A)
+    queue.add(B)
+
+    async def body() -> None:
+        await until(lambda: runs.now == 2)
+        runs.hold.set()
+
+    await working(queue, 2, body)
+
+
+@pytest.mark.parametrize("failure", [Outcome(failed=True, again=0.01), Outcome(again=0.01)])
+async def test_a_run_is_repeated_when_it_asks_for_it(failure: Outcome) -> None:
+    runs = Runs(failure, failure)
+    queue = WorkQueue(runs)
+    queue.add(A)
+    await working(queue, 1, lambda: until(lambda: len(runs.keys) == 3))
+
+
+async def test_a_defect_in_one_resource_is_retried_and_stops_no_other() -> None:
+    runs = Runs(RuntimeError("defect"))
+    queue = WorkQueue(runs)
+    queue.add(A)
+
+    async def body() -> None:
+        await until(lambda: len(runs.keys) == 1)
+        queue.add(B)
+        await until(lambda: runs.keys[-1] == B)
+        queue.hurry()
+        await until(lambda: runs.keys == [A, B, A])
+
+    await working(queue, 1, body)
+
+
+async def test_what_is_due_later_waits_and_an_earlier_cause_wins() -> None:
+    runs = Runs()
+    queue = WorkQueue(runs)
+    queue.add(A, after=60)
+
+    async def body() -> None:
+        await asyncio.sleep(0.05)
+        assert runs.keys == []
+        queue.add(A)
+        queue.add(A, after=60)
+        await until(lambda: runs.keys == [A])
+
+    await working(queue, 1, body)
+
+
+async def test_another_run_of_the_same_resource_is_waited_for() -> None:
+    runs, finalize = Runs(), Runs(Outcome(failed=True, message="later"))
+    queue = WorkQueue(runs)
+    runs.hold.clear()
+    queue.add(A)
+
+    async def body() -> None:
+        await until(lambda: runs.now == 1)
+        finalizing = asyncio.create_task(queue.now(A, finalize))
+        await asyncio.sleep(0.05)
+        assert finalize.keys == []
+        runs.hold.set()
+        assert (await finalizing).message == "later"
+
+    await working(queue, 2, body)
+
+
+def test_back_off_grows_to_a_minute_and_spreads() -> None:
+    assert 0.8 <= backoff(1) <= 1.2
+    assert 6.4 <= backoff(4) <= 9.6
+    assert all(48 <= backoff(failures) <= 72 for failures in (7, 100, 10_000))
+    assert len({backoff(5) for _ in range(20)}) > 1
