@@ -44,7 +44,7 @@ def stop_operator(namespace: str) -> None:
     deadline = time.monotonic() + _STOP_SECONDS
     while pods := client.CoreV1Api().list_namespaced_pod(namespace, label_selector=_OPERATOR_PODS).items:
         if time.monotonic() > deadline:
-            names = ", ".join(pod.metadata.name for pod in pods)
+            names = ", ".join(str(pod.metadata and pod.metadata.name) for pod in pods)
             raise TimeoutError(
                 f"the operator in namespace {namespace} didn't stop within {_STOP_SECONDS} s ({names}): "
                 "delete the pod, by force where its node is gone, and uninstall again"
@@ -59,7 +59,7 @@ def release(plural: str) -> int:
     token = ""
     while True:
         try:
-            page = api.list_cluster_custom_object(_GROUP, _VERSION, plural, limit=_PAGE, _continue=token)
+            page: Any = api.list_cluster_custom_object(_GROUP, _VERSION, plural, limit=_PAGE, _continue=token)
         except client.ApiException as error:
             if error.status == _NOT_FOUND:  # the kind isn't installed, or not any more
                 return released
@@ -77,7 +77,8 @@ def _release_one(api: client.CustomObjectsApi, plural: str, namespace: str, name
     """Take the finalizer off one resource; return whether it had it."""
 
     def attempt() -> bool:
-        metadata = api.get_namespaced_custom_object(_GROUP, _VERSION, namespace, plural, name)["metadata"]
+        resource: Any = api.get_namespaced_custom_object(_GROUP, _VERSION, namespace, plural, name)
+        metadata = resource["metadata"]
         finalizers = metadata.get("finalizers", [])
         if FINALIZER not in finalizers:
             return False
