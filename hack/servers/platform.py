@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import psycopg
 from confluent_kafka import TopicCollection
-from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
+from confluent_kafka.admin import AdminClient, NewTopic
 from psycopg.conninfo import make_conninfo
 from refold import names
 from refold.eventstore import catalog, roles

@@ -17,7 +17,7 @@ from refold.eventstore.errors import ConflictError, EventStoreError, NotInstalle
 
 from refold_operator.errors import ReconcileError, UnreachableError
 from refold_operator.kafka import Kafka, Topic, TopicExistsError, TopicRefusedError
-from refold_operator.resources import EventStream
+from refold_operator.resources import TAKE_OVER_ANNOTATION, EventStream
 from refold_operator.status import Condition, Status
 from refold_operator.store import Store
 
@@ -214,6 +214,9 @@ async def _topic(
     if isinstance(plan, Refuse):
         raise ReconcileError("TopicReady", plan.reason, plan.message)
     with _store_errors():
+        former = stream.metadata.annotations.get(TAKE_OVER_ANNOTATION)
+        if claim is not None and former and claim.uid == former != stream.metadata.uid:
+            await store.release(claim)
         if claim is None or (claim.uid, claim.kafka_cluster) != (stream.metadata.uid, cluster):
             claim = await store.claim(
                 namespace=stream.metadata.namespace, name=stream.metadata.name, uid=stream.metadata.uid,
@@ -286,7 +289,10 @@ def _store_errors() -> Iterator[None]:
         raise ReconcileError("StoreReady", "StoreNotInstalled", str(error), retry_after=2.0) from error
     except ConflictError as error:
         reason = "TopicConflict" if error.what == "topic" else "Conflict"
-        raise ReconcileError("StoreReady", reason, str(error)) from error
+        advice = (
+            f"; if that one is gone for good, take it over by annotating this one with {TAKE_OVER_ANNOTATION}=<uid>"
+        )
+        raise ReconcileError("StoreReady", reason, f"{error}{advice if error.what == 'name' else ''}") from error
     except (EventStoreError, psycopg.Error) as error:
         raise ReconcileError("StoreReady", "StoreError", f"the event store answered: {error}") from error
 

@@ -26,7 +26,7 @@ from refold_operator.children import Image
 from refold_operator.cluster import Cluster, Object
 from refold_operator.errors import ReconcileError, UnreachableError
 from refold_operator.readstore import ReadStore
-from refold_operator.resources import REBUILD_ANNOTATION, Projection
+from refold_operator.resources import REBUILD_ANNOTATION, TAKE_OVER_ANNOTATION, Projection
 from refold_operator.status import Condition, Status
 from refold_operator.store import Store
 
@@ -192,6 +192,9 @@ async def _read_model(projection: Projection, around: Surroundings, version: str
     """Claim the read model and make the version's table."""
     namespace, name = projection.metadata.namespace, projection.metadata.name
     with _readstore_errors():
+        former = projection.metadata.annotations.get(TAKE_OVER_ANNOTATION)
+        if former and former != projection.metadata.uid:
+            await around.readstore.release(namespace=namespace, name=name, uid=former)
         await around.readstore.claim(namespace=namespace, name=name, uid=projection.metadata.uid)
         if await around.readstore.ensure_version(namespace=namespace, name=name, version=version, definition=wanted):
             _log.info("version made", namespace=namespace, name=name, version=version)
@@ -483,7 +486,8 @@ def _readstore_errors() -> Iterator[None]:
     except UnreachableError as error:
         raise ReconcileError("Ready", "ReadStoreUnreachable", str(error)) from error
     except (ConflictError, StoreConflictError) as error:
-        raise ReconcileError("Ready", "Conflict", str(error)) from error
+        advice = f"if that one is gone for good, annotate this one with {TAKE_OVER_ANNOTATION}=<uid>"
+        raise ReconcileError("Ready", "Conflict", f"{error} ({advice})") from error
     except (ReadStoreError, EventStoreError, psycopg.Error) as error:
         raise ReconcileError("Ready", "ReadStoreError", f"the read store answered: {error}") from error
 

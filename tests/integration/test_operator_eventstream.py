@@ -226,11 +226,19 @@ async def test_two_resources_with_one_topic_are_told_apart(store: Store, topics:
     assert await store.stream("shop", f"{name}-thief") is None
 
 
-async def test_the_history_of_another_uid_is_not_taken_over(store: Store, topics: Kafka, name: str) -> None:
+async def test_the_history_of_another_uid_is_taken_over_only_when_told(store: Store, topics: Kafka, name: str) -> None:
     await reconcile(resource(name), store, topics)
     result = await reconcile(resource(name, uid="u-2"), store, topics)
     assert ready(result) == ("False", "Conflict")
     assert "u-1" in result.conditions[0].message
+    told = resource(name, uid="u-2")
+    annotated = {"refold.dev/take-over": "u-1"}
+    told = told.model_copy(update={"metadata": told.metadata.model_copy(update={"annotations": annotated})})
+    for _ in range(2):
+        assert ready(await reconcile(told, store, topics)) == ("True", "Active")
+    claim = await store.stream("shop", name)
+    assert claim is not None
+    assert claim.uid == "u-2"
 
 
 async def test_an_outage_of_kafka_is_a_condition_and_passes(
