@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from prometheus_client import REGISTRY
 from refold.events import headers
 
 from hack.servers import Kafka, Postgres
@@ -22,9 +23,13 @@ async def orders(world: World) -> ReadModel:
     return await world.projection(ORDERS, "order-status")
 
 
+def counted(name: str, **labels: str) -> float:
+    """Return a counter of the projectors that ran in this process."""
+    return REGISTRY.get_sample_value(f"refold_projector_{name}_total", {"stream": "shop/orders", **labels}) or 0.0
+
+
 async def test_a_first_load_from_the_store_goes_over_into_the_topic(world: World, orders: ReadModel) -> None:
     world.append(random_events(500))
-    world.store(random_events(100, seed=2))  # never relayed: the topic has a gap here
     with orders.projector(batch_events=70):
         orders.wait()
         world.append(random_events(300, seed=3))
@@ -32,8 +37,23 @@ async def test_a_first_load_from_the_store_goes_over_into_the_topic(world: World
     assert orders.rows() == fold_orders(world)
 
 
-async def test_records_that_come_again_count_once_and_foreign_ones_not_at_all(world: World, orders: ReadModel) -> None:
+async def test_a_gap_in_the_topic_is_filled_from_the_store_at_once(world: World, orders: ReadModel) -> None:
     with orders.projector():
+        world.append(random_events(30))
+        orders.wait()
+        before = counted("gaps", reason="gap")
+        world.store(random_events(100, seed=2))  # never relayed
+        world.append(random_events(300, seed=3))
+        orders.wait()
+    assert counted("gaps", reason="gap") - before == len(world.events["orders"])
+    assert orders.rows() == fold_orders(world)
+
+
+async def test_records_that_come_again_count_once_and_foreign_ones_not_at_all(world: World, orders: ReadModel) -> None:
+    skipped, ignored = counted("skipped"), counted("ignored")
+    with orders.projector():
+        world.append([("before", "Placed", {"items": 1, "total": 1})])
+        orders.wait()  # from here on everything comes from the topic
         events = world.store(random_events(60))
         world.relay(events)
         world.relay(events)  # again, as a relay never would
@@ -44,7 +64,9 @@ async def test_records_that_come_again_count_once_and_foreign_ones_not_at_all(wo
         world.append(random_events(60, seed=2))
         orders.wait()
         assert orders.rows() == fold_orders(world)
-    assert sum(orders.applied().values()) == 120
+    assert sum(orders.applied().values()) == 121
+    assert counted("skipped") - skipped >= 60
+    assert counted("ignored") - ignored == 3
 
 
 async def test_an_idle_group_shows_no_lag_in_kafka(world: World, orders: ReadModel) -> None:

@@ -8,7 +8,8 @@ delays nothing that comes from Kafka.
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Never
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, Never
 
 import msgspec
 import psycopg
@@ -24,6 +25,20 @@ log = structlog.get_logger(__name__)
 
 POLL_SECONDS = 1.0
 _OPTIONS = "-c statement_timeout=30s -c default_transaction_read_only=on -c timezone=UTC -c search_path="
+
+#: Bytes of data and metadata, as PostgreSQL stores them, that a page holds at most (but at least one event).
+_PAGE_BYTES = 8 * 2**20
+_PAGE = """
+select partition, position, subject, revision, id, type, recorded_at, data, metadata
+from (
+  select *, sum(pg_column_size(data) + coalesce(pg_column_size(metadata), 0)) over (order by position) as bytes
+  from (
+    select * from {} where partition = %(partition)s and position > %(after)s order by position limit %(limit)s
+  ) page
+) page
+where bytes <= %(bytes)s or position = %(after)s + 1
+order by position
+"""
 
 
 class HistoryUnavailableError(Exception):
@@ -53,39 +68,60 @@ def _connect(dsn: str, part: str) -> psycopg.Connection[Any]:
     return conn
 
 
+class Page(NamedTuple):
+    """Which events to read: at most `limit` of a partition, after the position `after`; fewer where they are large."""
+
+    stream: StreamRef
+    partition: int
+    after: int
+    limit: int
+
+
 class History:
-    """The stored events. Every method raises `HistoryUnavailableError`; the next call then opens a new connection."""
+    """The stored events, over one connection in a thread of its own, so that a page can be read ahead.
+
+    Every method raises `HistoryUnavailableError`; the next call then opens a new connection.
+    """
 
     def __init__(self, dsn: str) -> None:
         """Remember where; nothing is connected yet."""
         self._dsn = dsn
         self._conn: psycopg.Connection[Any] | None = None
+        self._thread = ThreadPoolExecutor(1, "history")
+        self._ahead: tuple[Page, Future[list[Event]]] | None = None
 
     def close(self) -> None:
         """Close the connection."""
-        if self._conn is not None:
-            self._conn.close()
-            self._conn = None
+        self._thread.shutdown(cancel_futures=True)
+        self._disconnect()
 
-    def page(self, stream: StreamRef, partition: int, *, after: int, limit: int) -> list[Event]:
-        """Return at most `limit` events of a partition that follow the position `after`, in order and without a gap.
+    def ask(self, page: Page) -> None:
+        """Begin to read a page that is likely to be read next."""
+        self._ahead = page, self._thread.submit(self._read, page)
 
-        Fewer than `limit` come where the head is reached.
-        """
+    def page(self, page: Page) -> list[Event]:
+        """Return the page's events, in order and without a gap; none where the head is reached."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == page and (found := ahead[1].result()):
+            return found
+        return self._thread.submit(self._read, page).result()
+
+    def heads(self, incarnations: Sequence[str]) -> dict[tuple[str, int], int]:
+        """Return the heads by (incarnation, partition); streams that are gone are left out."""
+        return self._thread.submit(self._read_heads, incarnations).result()
+
+    def _read(self, page: Page) -> list[Event]:
+        stream, partition, after, limit = page
         try:
             cursor = self._connection().execute(
-                sql.SQL(
-                    "select partition, position, subject, revision, id, type, recorded_at, data, metadata from {} "
-                    "where partition = %s and position > %s order by position limit %s"
-                ).format(sql.Identifier(stream.event_schema, "events")),
-                [partition, after, limit],
+                sql.SQL(_PAGE).format(sql.Identifier(stream.event_schema, "events")),
+                {"partition": partition, "after": after, "limit": limit, "bytes": _PAGE_BYTES},
             )
             return [Event(*row) for row in cursor.fetchall()]
         except psycopg.Error as error:
             self._raise(error, f"{stream.namespace}/{stream.name}")
 
-    def heads(self, incarnations: Sequence[str]) -> dict[tuple[str, int], int]:
-        """Return the heads by (incarnation, partition); streams that are gone are left out."""
+    def _read_heads(self, incarnations: Sequence[str]) -> dict[tuple[str, int], int]:
         try:
             return _heads(self._connection(), incarnations)
         except psycopg.Error as error:
@@ -96,8 +132,13 @@ class History:
             self._conn = _connect(self._dsn, "history")
         return self._conn
 
+    def _disconnect(self) -> None:
+        if self._conn is not None:
+            self._conn.close()
+            self._conn = None
+
     def _raise(self, error: psycopg.Error, what: str) -> Never:
-        self.close()
+        self._disconnect()
         raise HistoryUnavailableError(f"reading {what} in the event store (PostgreSQL): {error}".strip()) from error
 
 

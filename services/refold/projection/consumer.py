@@ -77,6 +77,7 @@ class TopicConsumer:
                 "reconnect.backoff.max.ms": 2000,
                 "topic.metadata.refresh.interval.ms": 30_000,
                 "queued.max.messages.kbytes": 32_768,
+                "fetch.queue.backoff.ms": 20,
                 # the broker answers as soon as there is a byte, and waits so long for one
                 "fetch.wait.max.ms": 500,
                 "on_commit": _on_commit,

@@ -6,7 +6,11 @@ FOLDED = Counter("refold_projector_events", "Events folded and committed to the 
 SKIPPED = Counter("refold_projector_skipped", "Records that were applied before", ["stream"])
 IGNORED = Counter("refold_projector_ignored", "Records that the relay of this stream didn't write", ["stream"])
 PARKED = Counter("refold_projector_parked", "Events parked, since they failed or follow one that did", ["stream"])
-GAPS = Counter("refold_projector_gaps", "Times that the topic lacked events and the event store was read", ["stream"])
+GAPS = Counter(
+    "refold_projector_gaps",
+    "Times that the event store was read since the topic had a gap, or was silent though there were events",
+    ["stream", "reason"],
+)
 MOVED = Counter("refold_projector_moved", "Batches dropped since another projector had moved the partition on")
 FAILURES = Counter("refold_projector_failures", "Times that a backend failed and the state was read again", ["backend"])
 LAG = Gauge("refold_projector_lag_events", "Events in the store that aren't applied yet", ["stream", "partition"])

@@ -34,7 +34,7 @@ from confluent_kafka import Message
 from refold import names
 from refold.events import Event, from_record
 from refold.projection import metrics, parking
-from refold.projection.backfill import Heads, History, HistoryUnavailableError, wait_a_little
+from refold.projection.backfill import Heads, History, HistoryUnavailableError, Page, wait_a_little
 from refold.projection.consumer import KafkaUnavailableError, Offsets, Place, TopicConsumer
 from refold.projection.definition import StreamRef, VersionDefinition
 from refold.projection.fold import Parked, ParkedEvent, compile_fold
@@ -130,6 +130,7 @@ class Projector:
         self._parked_counts: dict[tuple[str, int], int] = {}
         self._committed_at = 0.0
         self._kafka_not_before = 0.0
+        self._turn = 0
 
     def stop(self) -> None:
         """Let the loop finish its batch, leave the group and return."""
@@ -213,7 +214,13 @@ class Projector:
 
     def _assigned(self, places: list[Place]) -> None:
         for topic, number in places:
-            self._partitions[topic, number] = Partition(self._streams[topic], number)
+            stream = self._streams[topic]
+            if number >= stream.partitions:
+                log.warning(
+                    "The topic has a partition that its stream hasn't; it is left alone", topic=topic, partition=number
+                )
+                continue
+            self._partitions[topic, number] = Partition(stream, number)
         log.info("Partitions assigned", partitions=[f"{topic}/{number}" for topic, number in places])
         self._watch()
 
@@ -330,7 +337,7 @@ class Projector:
             elif event.position < next_position:
                 metrics.SKIPPED.labels(one.label).inc()
             elif event.position > next_position:
-                metrics.GAPS.labels(one.label).inc()
+                metrics.GAPS.labels(one.label, "gap").inc()
                 log.info(
                     "The topic lacks events; reading the event store",
                     stream=one.label, partition=one.number, first=next_position, last=event.position - 1,
@@ -356,30 +363,37 @@ class Projector:
     # -- backfill ---------------------------------------------------------------------------------------------------
 
     def _backfill(self) -> None:
-        """Read and write a page for each partition in backfill."""
+        """Read and write a page for one of the partitions in backfill; they take turns."""
         now = time.monotonic()
-        for one in [one for one in self._partitions.values() if one.state is State.BACKFILL]:
-            if one.not_before > now:
-                continue
-            try:
-                if one.target <= one.applied and not self._aim(one):
-                    continue
-                page = self._history.page(one.stream, one.number, after=one.applied, limit=self._settings.batch_events)
-            except HistoryUnavailableError as error:
-                metrics.FAILURES.labels("eventstore").inc()
-                log.warning("The event store doesn't answer", error=str(error))
-                one.failures += 1
-                one.not_before = wait_a_little(one.failures)
-                continue
-            if not page or page[0].position != one.applied + 1:
-                self._stand(one, f"the event store lacks position {one.applied + 1} up to {one.target} of partition "
-                                 f"{one.number} of {one.label}; was it restored from a backup?")  # fmt: skip
-                continue
-            one.failures = 0
-            one.offset = None
-            self._write([Slice(one, page, None, "store")])
-            if one.state is State.BACKFILL and one.applied >= one.target:
-                self._aim(one)
+        due = [one for one in self._partitions.values() if one.state is State.BACKFILL and one.not_before <= now]
+        if not due:
+            return
+        self._turn += 1
+        one, following = due[self._turn % len(due)], due[(self._turn + 1) % len(due)]
+        limit = self._settings.batch_events
+        try:
+            if one.target <= one.applied and not self._aim(one):
+                return
+            page = self._history.page(Page(one.stream, one.number, one.applied, limit))
+        except HistoryUnavailableError as error:
+            metrics.FAILURES.labels("eventstore").inc()
+            log.warning("The event store doesn't answer", error=str(error))
+            one.failures += 1
+            one.not_before = wait_a_little(one.failures)
+            return
+        if not page or page[0].position != one.applied + 1:
+            self._stand(
+                one,
+                f"the event store lacks position {one.applied + 1} up to {one.target} of partition {one.number} of "
+                f"{one.label}; was it restored from a backup?",
+            )
+            return
+        after = page[-1].position if following is one else following.applied
+        if after < following.target:
+            self._history.ask(Page(following.stream, following.number, after, limit))  # while this one is written
+        one.failures = 0
+        one.offset = None
+        self._write([Slice(one, page, None, "store")])
 
     def _aim(self, one: Partition) -> bool:
         """Set the next target of a backfill and return True, or where the head is reached, go on with the topic.
@@ -566,7 +580,7 @@ class Projector:
             self._rows.see(changed)
 
     def _stalled(self, one: Partition, head: int) -> None:
-        metrics.GAPS.labels(one.label).inc()
+        metrics.GAPS.labels(one.label, "silence").inc()
         log.info(
             "The topic doesn't deliver what the event store has; reading the event store",
             stream=one.label, partition=one.number, applied=one.applied, head=head,
