@@ -6,6 +6,7 @@ it. Offsets are committed to Kafka only for lag tools; nothing is ever read from
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
@@ -17,6 +18,7 @@ log = structlog.get_logger(__name__)
 
 #: Seconds that a question to the brokers may take.
 _ANSWER_SECONDS = 5.0
+_SAME_KIND_SECONDS = 10.0
 
 #: A topic's partition.
 Place = tuple[str, int]
@@ -59,7 +61,8 @@ class TopicConsumer:
         """
         self._on_assigned = on_assigned
         self._on_revoked = on_revoked
-        self._admin = AdminClient({"bootstrap.servers": bootstrap, "socket.timeout.ms": 10_000})
+        # its errors come with its answers; what it logs itself isn't JSON
+        self._admin = AdminClient({"bootstrap.servers": bootstrap, "socket.timeout.ms": 10_000, "log_level": 0})
         self._consumer = Consumer(
             {
                 "bootstrap.servers": bootstrap,
@@ -82,7 +85,7 @@ class TopicConsumer:
                 "fetch.wait.max.ms": 500,
                 "on_commit": _on_commit,
             },
-            logger=logging.getLogger("librdkafka"),
+            logger=_logger(),
         )
         self._consumer.subscribe(list(topics), on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._revoked)
 
@@ -157,6 +160,30 @@ class TopicConsumer:
     def _revoked(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self._on_revoked([(one.topic, one.partition) for one in partitions])
         consumer.incremental_unassign(partitions)
+
+
+def _logger() -> logging.Logger:
+    """Return where librdkafka's own messages go, without the many repetitions of an outage."""
+    logger = logging.getLogger("librdkafka")
+    if not logger.filters:
+        logger.addFilter(_Sparse())
+    return logger
+
+
+class _Sparse(logging.Filter):
+    """Lets one message of a kind (librdkafka's first word) pass in `_SAME_KIND_SECONDS`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = record.getMessage().partition(" ")[0]
+        now = time.monotonic()
+        if now < self._next.get(kind, 0.0):
+            return False
+        self._next[kind] = now + _SAME_KIND_SECONDS
+        return True
 
 
 def _useful(message: Message) -> bool:
