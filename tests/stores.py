@@ -11,8 +11,10 @@ import msgspec
 from psycopg import AsyncConnection, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from refold import names
-from refold.eventstore import EventStore, NewEvent, catalog, roles
+from refold.events import Event
+from refold.eventstore import AppendResult, EventStore, NewEvent, catalog, roles
 from refold.eventstore.catalog import Stream
+from refold.eventstore.errors import EventStoreError
 
 PASSWORD = "d0a1" * 16
 KAFKA = "kafka-cluster"
@@ -124,13 +126,34 @@ def check_history(history: list[tuple[Any, ...]]) -> None:
         assert len({row[4] for row in rows}) == len(rows)
 
 
-async def appended(store: EventStore, subject: str, *ids: str, name: str = "orders", **how: Any) -> Any:
-    """Append events of these ids; return the outcome, an exception too."""
-    events = [event({"id": id}, id=id) for id in ids]  # noqa: A001
-    try:
-        return await store.append("shop", name, subject, events, **how)
-    except Exception as error:  # noqa: BLE001 (tests look at it)
-        return error
+@dataclass(frozen=True)
+class Log:
+    """One stream of an opened store."""
+
+    installed: Installed
+    store: EventStore
+    stream: Stream
+
+    async def append(self, subject: str, *ids: str, **how: Any) -> Any:
+        """Append events of these ids; return the outcome, an exception too."""
+        events = [event({"id": id}, id=id) for id in ids]  # noqa: A001
+        try:
+            return await self.add(subject, *events, **how)
+        except EventStoreError as error:
+            return error
+
+    async def add(self, subject: str, *events: NewEvent, **how: Any) -> AppendResult:
+        """Append events."""
+        return await self.store.append(self.stream.namespace, self.stream.name, subject, events, **how)
+
+    async def read(self, subject: str, **bounds: Any) -> list[Event]:
+        """Read a subject."""
+        events = self.store.read_subject(self.stream.namespace, self.stream.name, subject, **bounds)
+        return [one async for one in events]
+
+    async def history(self) -> list[tuple[Any, ...]]:
+        """Return `Installed.history`."""
+        return await self.installed.history(self.stream)
 
 
 async def together(*calls: Any) -> list[Any]:

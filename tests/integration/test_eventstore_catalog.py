@@ -11,7 +11,7 @@ from refold.eventstore import EventStore, catalog
 from refold.eventstore.catalog import Stream
 from refold.eventstore.errors import ConflictError, NotInstalledError
 
-from tests.stores import KAFKA, Installed, appended, connected, event, install
+from tests.stores import KAFKA, Installed, Log, connected, event, install
 
 
 async def claim(conn: AsyncConnection[Any], **other: Any) -> Stream:
@@ -156,9 +156,10 @@ async def test_a_released_stream_is_taken_back_with_its_history_by_the_same_name
     installed = await install(database)
     stream = await installed.stream()
     async with await EventStore.open(installed.service) as store, connected(installed.admin) as conn:
-        await appended(store, "s", "1")
+        log = Log(installed, store, stream)
+        await log.append("s", "1")
         await catalog.release_stream(conn, stream)
-        assert "isn't active" in str(await appended(store, "s", "2"))
+        assert "isn't active" in str(await log.append("s", "2"))
         released = await catalog.get_stream(conn, "shop", "orders")
         assert released is not None
         assert (released.state, released.uid) == ("released", None)
@@ -167,7 +168,7 @@ async def test_a_released_stream_is_taken_back_with_its_history_by_the_same_name
         back = await claim(conn, uid="a new uid")
         assert (back.state, back.incarnation, back.stream) == ("claimed", stream.incarnation, stream.stream)
         await catalog.activate(conn, back)
-        assert (await appended(store, "s", "2", expected_revision=1)).revision == 2
+        assert (await log.append("s", "2", expected_revision=1)).revision == 2
 
 
 async def test_a_claim_that_was_lost_cannot_be_written_to(database: str) -> None:
@@ -205,10 +206,11 @@ async def test_a_stream_made_anew_is_another_incarnation_for_a_running_store(dat
     installed = await install(database)
     stream = await installed.stream()
     async with await EventStore.open(installed.service) as store, connected(installed.admin) as conn:
-        first = await appended(store, "s", "1")
+        log = Log(installed, store, stream)
+        first = await log.append("s", "1")
         await catalog.drop_stream(conn, namespace="shop", name="orders", uid=str(stream.uid))
         await installed.stream()
-        outcomes = [await appended(store, "s", "1") for _ in range(2)]
+        outcomes = [await log.append("s", "1") for _ in range(2)]
         # The first may still be sent to the old stream and be refused; never is it written under the old one's name.
         assert outcomes[1].token != first.token
         assert outcomes[1].revision == 1
@@ -232,7 +234,8 @@ async def test_a_schema_of_an_earlier_version_is_upgraded_with_its_events(
     installed = await install(database)
     stream = await installed.stream()
     async with await EventStore.open(installed.service) as store:
-        await appended(store, "s", "1", "2")
+        log = Log(installed, store, stream)
+        await log.append("s", "1", "2")
         history = await installed.history(stream)
         load = catalog.migrations.load
         later = catalog.migrations.Migration(
@@ -248,7 +251,7 @@ async def test_a_schema_of_an_earlier_version_is_upgraded_with_its_events(
         assert upgraded.migration == 99
         assert await installed.query('select * from "shop.orders".counted') == [(2,)]
         assert await installed.history(stream) == history
-        assert (await appended(store, "s", "3", expected_revision=2)).revision == 3
+        assert (await log.append("s", "3", expected_revision=2)).revision == 3
 
 
 async def test_an_administrator_without_the_right_to_make_roles_is_told_so_by_postgresql(database: str) -> None:

@@ -12,7 +12,7 @@ import contextlib
 import datetime as dt
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import psycopg
@@ -49,6 +49,7 @@ GROUP_BYTES = 4 * 1024 * 1024
 PATIENCE = 10.0
 #: A page of a read has at most this many events, and about this many bytes as they are stored.
 PAGE_EVENTS = 1000
+FIRST_PAGE_EVENTS = 250
 PAGE_BYTES = 2 * 1024 * 1024
 #: Seconds between two looks at the catalog, and the least between two that unknown names ask for.
 REFRESH = 5.0
@@ -275,20 +276,16 @@ class EventStore:
         appends.check_text("subject", subject, appends.MAX_SUBJECT_BYTES)
         partition = appends.partition(subject, lane.stream.partitions)
         limit = None if until is None else appends.utc(until)
-        revision = max(1, from_revision)
         last = _MAX if to_revision is None else min(to_revision, _MAX)
-        while revision <= last:
-            page = await lane.read(lane.subject_page, [Int4(partition), subject, Int8(revision), Int8(last)])
-            if not page:
-                return
+        arguments = [Int4(partition), subject]
+        pages = self._pages(lane, lane.subject_page, arguments, max(0, from_revision - 1), last, lambda e: e.revision)
+        async for page in pages:
             if limit is not None and page[-1].time > limit:
                 # The later ones are later still: recorded_at never decreases in a partition.
-                page = [event for event in page if event.time <= limit]
-                if page:
-                    yield page
+                if wanted := [event for event in page if event.time <= limit]:
+                    yield wanted
                 return
             yield page
-            revision = page[-1].revision + 1
 
     async def read_subject(
         self,
@@ -322,16 +319,31 @@ class EventStore:
             raise UnknownStreamError(
                 f"stream {namespace}/{name} has the partitions 0 to {lane.stream.partitions - 1}, not {partition}"
             )
-        position = min(max(0, after), _MAX)
-        left = _MAX if limit is None else limit
-        while left > 0:
-            most = Int8(min(left, PAGE_EVENTS))
-            page = await lane.read(lane.partition_page, [Int4(partition), Int8(position), most])
+        first = min(max(0, after), _MAX)
+        last = _MAX if limit is None else min(first + limit, _MAX)
+        async for page in self._pages(lane, lane.partition_page, [Int4(partition)], first, last, lambda e: e.position):
+            yield page
+
+    @staticmethod
+    async def _pages(
+        lane: "_Lane", query: str, arguments: Sequence[Any], after: int, last: int, number: Callable[[Event], int]
+    ) -> AsyncIterator[list[Event]]:
+        """Yield the events numbered over `after` up to `last`, in pages; the numbers have no gaps."""
+        wanted = FIRST_PAGE_EVENTS
+        while after < last:
+            asked = min(wanted, PAGE_EVENTS, last - after)
+            page = await lane.read(query, [*arguments, Int8(after), Int8(asked)])
             if not page:
                 return
             yield page
-            position = page[-1].position
-            left -= len(page)
+            after = number(page[-1])
+            if len(page) == asked:
+                wanted = 4 * asked
+                continue
+            size = sum(memoryview(event.data).nbytes + memoryview(event.metadata or b"").nbytes for event in page)
+            if size * 8 < PAGE_BYTES:
+                return  # the end cut the page, not its bytes: jsonb is at most 4 times as large as its text
+            wanted = 2 * len(page)
 
     async def read_partition(
         self, namespace: str, name: str, partition: int, *, after: int = 0, limit: int | None = None
@@ -457,44 +469,17 @@ class _Lane:
         self._running = False
         self._store = store
         self._waiting: collections.deque[_Waiting] = collections.deque()
-        schema = sql.Identifier(stream.schema)
         self._append = (
             sql.SQL(
                 "select outcomes, revisions, positions from {}.append_group("
                 "%b::int, %b::text[], %b::int[], %b::bigint[], %b::int[], "
                 "%b::int[], %b::text[], %b::text[], %b::text[], %b::jsonb[], %b::jsonb[])"
             )
-            .format(schema)
+            .format(sql.Identifier(stream.schema))
             .as_string()
         )
-        page = (
-            "select partition, position, subject, revision, id, type, recorded_at, data, metadata from ("
-            "select *, sum(pg_column_size(data) + coalesce(pg_column_size(metadata), 0)) over (order by {key}) "
-            "- pg_column_size(data) as size_before from {schema}.events where {where} order by {key} limit {limit}"
-            ") page where size_before < {bytes}"
-        )
-        self.subject_page = (
-            sql.SQL(page)
-            .format(
-                schema=schema,
-                key=sql.SQL("revision"),
-                where=sql.SQL("partition = %b and subject = %b and revision between %b and %b"),
-                limit=PAGE_EVENTS,
-                bytes=PAGE_BYTES,
-            )
-            .as_string()
-        )
-        self.partition_page = (
-            sql.SQL(page)
-            .format(
-                schema=schema,
-                key=sql.SQL("position"),
-                where=sql.SQL("partition = %b and position > %b"),
-                limit=sql.SQL("%b"),
-                bytes=PAGE_BYTES,
-            )
-            .as_string()
-        )
+        self.subject_page = _page(stream.schema, sql.SQL("partition = %b and subject = %b and"), "revision")
+        self.partition_page = _page(stream.schema, sql.SQL("partition = %b and"), "position")
         label = f"{stream.namespace}/{stream.name}"
         self._appended = metrics.APPENDED.labels(label)
         self._replayed = metrics.REPLAYED.labels(label)
@@ -653,3 +638,28 @@ class _Lane:
         for waiting in group:
             if not waiting.outcome.done():
                 waiting.outcome.set_exception(error)
+
+
+def _page(schema: str, where: sql.Composable, key: str) -> str:
+    """Return the query for a page: at least one event, and no more once `PAGE_BYTES` are reached."""
+    # Sizes are those in storage, where only large values are compressed; those are unpacked to be measured.
+    size = sql.SQL(
+        "case when pg_column_compression({0}) is null then pg_column_size({0}) else octet_length({0}::text) end"
+    )
+    return (
+        sql.SQL(
+            "select partition, position, subject, revision, id, type, recorded_at, data, metadata from ("
+            "select *, sum(size) over (order by {key} rows between unbounded preceding and 1 preceding) as before "
+            "from (select *, {data} + coalesce({metadata}, 0) as size from {schema}.events where {where} {key} > %b "
+            "order by {key} limit %b) candidates) page where before is null or before < {bytes} order by {key}"
+        )
+        .format(
+            key=sql.Identifier(key),
+            data=size.format(sql.Identifier("data")),
+            metadata=size.format(sql.Identifier("metadata")),
+            schema=sql.Identifier(schema),
+            where=where,
+            bytes=PAGE_BYTES,
+        )
+        .as_string()
+    )
