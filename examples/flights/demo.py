@@ -73,11 +73,9 @@ def _show(console: Console, flight_status: ReadModel, carrier_delays: ReadModel)
     carriers = Table("carrier", "flights", "cancelled", "delayed", "minutes of delay", title="carrier-delays")
     for key, row in carrier_delays.rows():
         carriers.add_row(key, *(f"{row[name]:,}" for name in ("flights", "cancelled", "delayed", "minutes")))
-    flights = Table(
-        "flight", "status", "from", "to", "departed", "delay", title="flight-status?where=status:eq:diverted"
-    )
+    flights = Table("flight", "status", "from", "to", "departed", title="flight-status?where=status:eq:diverted")
     for key, row in list(flight_status.rows(where="status:eq:diverted"))[:8]:
-        flights.add_row(key, row["status"], row["origin"], row["dest"], row["departed"])
+        flights.add_row(key, row["status"], row["origin"], row["dest"], row["departed"][:16])
     console.print(carriers, flights)
 
 

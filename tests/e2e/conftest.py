@@ -51,7 +51,7 @@ class Sandbox:
         kubectl("-n", self.name, "apply", "-f", "-", stdin=yaml.safe_dump({
             "apiVersion": "v1", "kind": "Service", "metadata": {"name": f"{projection}-local"},
             "spec": {
-                "type": "NodePort", "selector": {"app.kubernetes.io/name": f"{projection}-query"},
+                "type": "NodePort", "selector": {"app.kubernetes.io/component": "query", "refold.dev/projection": projection},
                 "ports": [{"port": 80, "targetPort": 8080, "nodePort": port}],
             },
         }))  # fmt: skip
