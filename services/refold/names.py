@@ -41,6 +41,11 @@ def checkpoint_topic(store_id: str) -> str:
     return f"refold.checkpoints.{store_id}"
 
 
+def relay_transactional_id(store_id: str, shard: int) -> str:
+    """Return the `transactional.id` of a relay shard, by which Kafka fences its former owners."""
+    return f"refold.relay.{store_id}.{shard}"
+
+
 def consumer_group(namespace: str, name: str, version: str) -> str:
     """Return the Kafka consumer group of one version of a Projection."""
     return f"refold.{namespace}.{name}.{version}"

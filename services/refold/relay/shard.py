@@ -19,6 +19,7 @@ import psycopg
 import structlog
 from confluent_kafka import KafkaException
 
+from refold import names
 from refold.relay import backoff, checkpoint, metrics, source
 from refold.relay.checkpoint import CheckpointTopic, CheckpointTopicError
 from refold.relay.lock import Locks
@@ -92,7 +93,10 @@ class Shard(threading.Thread):
         target, started = self._target, time.monotonic()
         topic = target.checkpoints.ensure()
         producer = TransactionalProducer(
-            target.bootstrap, f"refold.relay.{target.store_id}.{self.number}", control=topic, check=self._check
+            target.bootstrap,
+            names.relay_transactional_id(target.store_id, self.number),
+            control=topic,
+            check=self._check,
         )
         try:
             producer.init(timeout=_TAKEOVER_SECONDS)
