@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from decimal import Decimal
+from random import Random
 from typing import Any
 
 import msgspec
@@ -278,8 +279,9 @@ async def test_reading_a_subject_goes_page_by_page_and_keeps_its_bounds(
 async def test_a_page_is_bounded_in_bytes_too(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(implementation, "PAGE_BYTES", 50_000)
     async with await EventStore.open(log.installed.service) as small:
-        rng = [event("".join(chr(97 + (n * 7919 + m * m) % 26) for m in range(20_000))) for n in range(9)]
-        await small.append("shop", "orders", "s", rng)
+        random = Random(1)
+        events = [event(text) for _ in range(5) for text in (random.randbytes(20_000).hex(), "x" * 40_000)]
+        await small.append("shop", log.stream.name, "s", events)
         pages = [len(page) async for page in small.subject_pages("shop", log.stream.name, "s")]
     assert pages == [2] * 5
 
@@ -371,8 +373,8 @@ async def test_connections_that_break_cost_a_retry_and_nothing_else(log: Log) ->
 async def test_while_postgresql_is_away_appends_wait_and_then_are_given_up(
     postgres: Postgres, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert (await log.append("s", "1")).revision == 1
     monkeypatch.setattr(implementation, "PATIENCE", 1.0)
-    await log.append("s", "1")
     postgres.stop()
     try:
         outcome = await log.append("s", "2")
@@ -396,7 +398,7 @@ async def test_an_append_asks_for_the_isolation_that_its_proof_needs(log: Log) -
         await conn.execute("begin isolation level repeatable read")
         with pytest.raises(psycopg.Error, match="READ COMMITTED"):
             await conn.execute(
-                'select * from "shop.orders".append(%s)',
+                f'select * from "{log.stream.schema}".append(%s)'.encode(),
                 [json.dumps([{"subject": "s", "events": [{"id": "1", "type": "T", "data": 1}]}])],
             )
 
