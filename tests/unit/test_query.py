@@ -1,6 +1,8 @@
 """The pure parts of the query service: filters, cursors, freshness."""
 
+import asyncio
 import datetime as dt
+from collections.abc import Callable
 from decimal import Decimal
 
 import pytest
@@ -10,7 +12,8 @@ from refold import tokens
 from refold.projection.definition import Column, ColumnType, Definition, FoldRule, StreamRef, VersionDefinition
 from refold.query import cursors, filters
 from refold.query.freshness import Freshness
-from refold.query.live import LiveVersion
+from refold.query.live import LiveVersion, Statement
+from refold.query.reader import Reader
 from refold.web.problems import Problem
 
 COLUMNS = {
@@ -148,3 +151,32 @@ def test_a_token_of_another_stream_or_incarnation_is_told_apart(incarnation: str
     freshness = Freshness(LIVE, '[["i1",0,5,9,1.5,999.0,null],["i1",1,7,8,4.0,999.5,null]]', 1000.0)
     with pytest.raises(KeyError):
         freshness.missing([tokens.Position(incarnation, partition, 1)])
+
+
+class _Store(Reader):
+    """A reader whose statements are answered after a turn of the event loop."""
+
+    def __init__(self) -> None:
+        super().__init__(None, "shop", "order-status")  # type: ignore[arg-type] # no statement reaches the pool
+
+    async def rows(self, build: Callable[[LiveVersion], Statement]) -> tuple[Freshness, list[tuple[str, str]]]:
+        await asyncio.sleep(0)
+        keys = build(LIVE).parameters["keys"]
+        return Freshness(LIVE, None, 0.0), [(key, f"row of {key}") for key in keys]
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("callers", [1, 2, 5])
+async def test_no_lookup_is_forgotten_that_comes_while_a_lane_ends(
+    monkeypatch: pytest.MonkeyPatch, lanes: int, callers: int
+) -> None:
+    # Who asks again in the very turn of the loop in which it was answered finds a lane that is about to end.
+    monkeypatch.setattr("refold.query.reader._LANES", lanes)
+    reader = _Store()
+
+    async def ask(caller: int) -> None:
+        for number in range(20):
+            assert (await reader.row(f"{caller}-{number}"))[1] == f"row of {caller}-{number}"
+
+    async with asyncio.timeout(2):
+        await asyncio.gather(*map(ask, range(callers)))

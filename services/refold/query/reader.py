@@ -65,7 +65,8 @@ class Reader:
         self._known: LiveVersion | None = None
         self._known_at = 0.0
         self._waiting: list[tuple[str, asyncio.Future[tuple[Freshness, str | None]]]] = []
-        self._lanes: set[asyncio.Task[None]] = set()
+        self._lanes = 0
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def row(self, key: str) -> tuple[Freshness, str | None]:
         """Return the row of `key` as JSON text, or None where there is none."""
@@ -73,10 +74,11 @@ class Reader:
             raise problems.overloaded(len(self._waiting))
         future: asyncio.Future[tuple[Freshness, str | None]] = asyncio.get_running_loop().create_future()
         self._waiting.append((key, future))
-        if len(self._lanes) < _LANES:
+        if self._lanes < _LANES:
+            self._lanes += 1
             task = asyncio.create_task(self._look_up())
-            self._lanes.add(task)
-            task.add_done_callback(self._lanes.discard)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         return await future
 
     async def rows(self, build: Callable[[LiveVersion], Statement]) -> tuple[Freshness, list[tuple[str, str]]]:
@@ -109,6 +111,9 @@ class Reader:
             for key, future in asked:
                 if not future.done():
                     future.set_result((freshness, found.get(key)))
+        # In the same step as the look at what waits: a task's own end comes later, and who waits in between would
+        # find this lane busy and be forgotten.
+        self._lanes -= 1
 
     async def _read(self, build: Callable[[LiveVersion], Statement]) -> tuple[Freshness, _Rows]:
         """Return the answer of the statement that `build` makes for the live version, from one snapshot."""

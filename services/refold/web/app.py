@@ -68,11 +68,11 @@ class App:
             return Response(description, media_type="application/json")
 
         routes = [
-            *(Route(operation.path, operation.handler, methods=[operation.method]) for operation in operations),
-            Route("/openapi.json", describe),
-            Route("/metrics", _metrics),
-            Route("/healthz", _healthy),
-            Route("/readyz", self._answer_ready),
+            *(Route(one.path, _Endpoint(one.handler), methods=[one.method]) for one in operations),
+            Route("/openapi.json", _Endpoint(describe), methods=["GET"]),
+            Route("/metrics", _Endpoint(_metrics), methods=["GET"]),
+            Route("/healthz", _Endpoint(_healthy), methods=["GET"]),
+            Route("/readyz", _Endpoint(self._answer_ready), methods=["GET"]),
         ]
         self._router = Router(routes, redirect_slashes=False, lifespan=lifespan)
 
@@ -114,6 +114,17 @@ class App:
         if lacking is not None:
             raise Problem(503, "not-ready", "Not ready", lacking, retry_after=1)
         return Response(b"ok\n", media_type="text/plain")
+
+
+class _Endpoint:
+    """A handler as the ASGI application of a route, without Starlette's own handling of errors, which `App` does."""
+
+    def __init__(self, handler: Callable[[Request], Awaitable[Response]]) -> None:
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await self._handler(Request(scope, receive, send))
+        await response(scope, receive, send)
 
 
 async def _healthy(_: Request) -> Response:
