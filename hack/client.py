@@ -43,8 +43,8 @@ def resource(kind: str, name: str, namespace: str) -> dict[str, Any]:
 
 def wait_ready(namespace: str, *, timeout: int = 300) -> None:
     """Wait until each EventStream and Projection of a namespace is Ready."""
-    for kind in ("eventstreams.refold.dev", "projections.refold.dev"):
-        kubectl("-n", namespace, "wait", kind, "--all", "--for=condition=Ready", f"--timeout={timeout}s")
+    names = kubectl("-n", namespace, "get", "eventstreams.refold.dev,projections.refold.dev", "-o", "name").split()
+    kubectl("-n", namespace, "wait", *names, "--for=condition=Ready", f"--timeout={timeout}s")
 
 
 def eventually(attempt: Callable[[], _T | None], what: str, *, timeout: float = 120, every: float = 0.5) -> _T:

@@ -16,12 +16,14 @@ _PORTS = range(30083, 30090)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def installation() -> None:
-    """Fail at once, with the way out, where there is no installation."""
+def installation() -> Iterator[None]:
+    """Fail at once, with the way out, where there is no installation; in the end, see that no finalizer hangs."""
     try:
         kubectl("-n", NAMESPACE, "rollout", "status", "deployment", "--timeout=120s")
     except (RuntimeError, FileNotFoundError) as error:
         pytest.exit(f"the e2e tests need `make up` first: {error}", returncode=1)
+    yield
+    kubectl("wait", "namespace", "-l", "refold.dev/test=e2e", "--for=delete", "--timeout=180s")
 
 
 class Sandbox:
@@ -31,7 +33,7 @@ class Sandbox:
         self.name = name
         self._ports = iter(_PORTS)
         kubectl("create", "namespace", name)
-        kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
+        kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted", "refold.dev/test=e2e")
 
     def apply(self, *documents: dict[str, Any] | str | Path, ready: bool = True) -> None:
         """Apply resources (dicts, YAML text or files) and wait until they are Ready."""
@@ -48,18 +50,21 @@ class Sandbox:
     def read_model(self, projection: str) -> ReadModel:
         """Return a client of one Projection's query service, by a node port of its own."""
         port = next(self._ports)
+        selector = {"app.kubernetes.io/component": "query", "refold.dev/projection": projection}
         kubectl("-n", self.name, "apply", "-f", "-", stdin=yaml.safe_dump({
-            "apiVersion": "v1", "kind": "Service", "metadata": {"name": f"{projection}-local"},
+            "apiVersion": "v1", "kind": "Service", 
+            "metadata": {"name": f"{projection}-local", "labels": {"refold.dev/test": "local"}},
             "spec": {
-                "type": "NodePort", "selector": {"app.kubernetes.io/component": "query", "refold.dev/projection": projection},
+                "type": "NodePort", "selector": selector,
                 "ports": [{"port": 80, "targetPort": 8080, "nodePort": port}],
             },
         }))  # fmt: skip
         return ReadModel(f"http://127.0.0.1:{port}")
 
     def remove(self) -> None:
-        """Delete the namespace and all in it; fails where a finalizer hangs."""
-        kubectl("delete", "namespace", self.name, "--timeout=180s")
+        """Give back the node ports and begin to delete the namespace; the session's end waits for all of them."""
+        kubectl("-n", self.name, "delete", "services", "-l", "refold.dev/test=local")
+        kubectl("delete", "namespace", self.name, "--wait=false")
 
 
 @pytest.fixture

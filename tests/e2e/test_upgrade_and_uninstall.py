@@ -63,7 +63,7 @@ def test_an_upgrade_changes_the_crds_and_keeps_data_and_an_uninstall_leaves_no_f
             assert left, f"{kind} must outlive the release"
             assert [item["metadata"].get("finalizers", []) for item in left] == [[]] * len(left)
         assert "refold-postgres" in kubectl("-n", NAMESPACE, "get", "persistentvolumeclaims", "-o", "name")
-        assert not kubectl("-n", NAMESPACE, "get", "pods", "-o", "name").strip()
+        eventually(lambda: not kubectl("-n", NAMESPACE, "get", "pods", "-o", "name").strip(), "the release's pods end")
     finally:
         file = tmp_path / "values.yaml"
         file.write_text(values)
