@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 #: Changing its value builds a new version of a Projection from the same definition.
 REBUILD_ANNOTATION = "refold.dev/rebuild"
-#: Its value is the UID of a former resource of the same name, gone without the operator, whose data is to be taken over.
+#: Its value is the UID of a former resource of the same name, gone without the operator; its data is taken over.
 TAKE_OVER_ANNOTATION = "refold.dev/take-over"
 FINALIZER = "refold.dev/finalizer"
 

@@ -1,0 +1,458 @@
+"""The operator's process against a real API server, Kafka and PostgreSQL: from resources to objects and back.
+
+Needs the kube-apiserver and etcd that hack/kind builds on machines without a container registry; elsewhere tests/e2e
+covers the same on a kind cluster.
+"""
+
+import base64
+import datetime as dt
+import itertools
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import psycopg
+import pytest
+import yaml
+
+from hack.servers import Kafka, Postgres
+from hack.servers.process import Process, free_port
+from tests.integration import kubernetes_api
+from tests.integration.kubernetes_api import ApiServer
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(
+    kubernetes_api.programs() is None, reason="no kube-apiserver and etcd in the cache: see hack/kind"
+)
+T = TypeVar("T")
+_numbers = itertools.count(1)
+
+
+class Operator:
+    """`refold operator` with databases of its own; the administrator is no superuser."""
+
+    def __init__(self, api: ApiServer, postgres: Postgres, kafka: Kafka, databases: tuple[str, str]) -> None:
+        self.port = free_port()
+        self.store, self.readstore = databases
+        with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
+            connection.execute("create role operator_admin login createrole password 'local'")
+            for database in databases:
+                connection.execute(f"create database {database} owner operator_admin")
+        self.admin = {name: postgres.dsn(name, user="operator_admin", password="local") for name in databases}
+        self._process = Process(
+            [sys.executable, "-c", "from refold.cli.main import app; app()", "operator"],
+            Path(tempfile.mkdtemp(prefix="refold-operator-")) / "log",
+            env={
+                "KUBECONFIG": str(api.kubeconfig),
+                "REFOLD_STORE_ADMIN_DSN": self.admin[self.store],
+                "REFOLD_READSTORE_ADMIN_DSN": self.admin[self.readstore],
+                "REFOLD_KAFKA_BOOTSTRAP": kafka.bootstrap,
+                "REFOLD_IMAGE": "refold/refold:test",
+                "REFOLD_NAMESPACE": "refold-system",
+                "REFOLD_TOKEN": "query-token",
+                "REFOLD_PORT": str(self.port),
+            },
+        )
+
+    def start(self) -> None:
+        self._process.start(lambda: self.answers("/healthz"))
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def stop(self) -> None:
+        self._process.stop()
+
+    def answers(self, path: str) -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{self.port}{path}").is_success
+        except httpx.TransportError:
+            return False
+
+    @property
+    def log(self) -> str:
+        return self._process.log.read_text()
+
+    def metric(self, name: str) -> float:
+        lines = httpx.get(f"http://127.0.0.1:{self.port}/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+@pytest.fixture(scope="module")
+def api() -> Iterator[ApiServer]:
+    server = ApiServer()
+    server.start()
+    server.kubectl("apply", "-f", str(ROOT / "crds"))
+    server.kubectl("create", "namespace", "refold-system")
+    yield server
+    server.remove()
+
+
+@pytest.fixture(scope="module")
+def operator(api: ApiServer, postgres: Postgres, kafka: Kafka) -> Iterator[Operator]:
+    operator = Operator(api, postgres, kafka, ("operator_store", "operator_reads"))
+    operator.start()
+    yield operator
+    operator.stop()
+
+
+@pytest.fixture
+def namespace(api: ApiServer, operator: Operator) -> str:
+    name = f"shop-{next(_numbers)}"
+    api.kubectl("create", "namespace", name)
+    return name
+
+
+def event_stream(namespace: str, name: str = "orders", **spec: Any) -> dict[str, Any]:
+    return {
+        "apiVersion": "refold.dev/v1alpha1",
+        "kind": "EventStream",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {"partitions": 2, **spec},
+    }
+
+
+def projection(namespace: str, name: str = "status", **spec: Any) -> dict[str, Any]:
+    return {
+        "apiVersion": "refold.dev/v1alpha1",
+        "kind": "Projection",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {
+            "streams": ["orders"],
+            "columns": [{"name": "status", "type": "text"}],
+            "fold": [{"type": "OrderPlaced", "set": {"status": "'placed'"}}],
+            **spec,
+        },
+    }
+
+
+def until(look: Callable[[], T], *, seconds: float = 60) -> T:
+    """Return what `look` answers once that is true; it may fail until then."""
+    deadline = time.monotonic() + seconds
+    why: Exception | None
+    while True:
+        try:
+            why, answer = None, look()
+        except (RuntimeError, AssertionError, KeyError, IndexError) as error:
+            why = error
+        else:
+            if answer:
+                return answer
+        assert time.monotonic() < deadline, f"not within {seconds} s: {why}"
+        time.sleep(0.1)
+
+
+def ready(api: ApiServer, kind: str, namespace: str, name: str) -> tuple[str, str]:
+    """Return status and reason of Ready; of the current generation, else a failed assertion."""
+    found = api.get(kind, name, "-n", namespace)
+    (condition,) = (each for each in found["status"]["conditions"] if each["type"] == "Ready")
+    assert condition["observedGeneration"] == found["metadata"]["generation"]
+    return condition["status"], condition["reason"]
+
+
+def becomes(
+    api: ApiServer, kind: str, namespace: str, name: str, status: str, reason: str, *, seconds: float = 60
+) -> None:
+    until(lambda: ready(api, kind, namespace, name) == (status, reason), seconds=seconds)
+
+
+def roll_out(api: ApiServer, namespace: str) -> None:
+    """Say that all processes of all Deployments run, as the Deployment controller would."""
+    for deployment in api.get("deployments", "-n", namespace)["items"]:
+        wanted = deployment["spec"]["replicas"]
+        counts = dict.fromkeys(("replicas", "updatedReplicas", "readyReplicas", "availableReplicas"), wanted)
+        status = {"observedGeneration": deployment["metadata"]["generation"], **counts}
+        api.kubectl(
+            "patch", "deployment", deployment["metadata"]["name"], "-n", namespace, "--subresource=status",
+            "--type=merge", "-p", yaml.safe_dump({"status": status}),
+        )  # fmt: skip
+
+
+def serves(api: ApiServer, namespace: str, name: str = "status") -> bool:
+    roll_out(api, namespace)
+    return ready(api, "projection", namespace, name) == ("True", "Serving")
+
+
+def names(api: ApiServer, kind: str, namespace: str) -> set[str]:
+    return {item["metadata"]["name"] for item in api.get(kind, "-n", namespace)["items"]}
+
+
+def live(api: ApiServer, namespace: str, name: str = "status") -> str:
+    version: str = api.get("projection", name, "-n", namespace)["status"]["live"]["version"]
+    return version
+
+
+def test_the_installations_logins_are_put_into_secrets(api: ApiServer, operator: Operator) -> None:
+    until(lambda: operator.answers("/readyz"))
+    for part in ("eventstore", "relay"):
+        secret = api.get("secret", f"refold-{part}", "-n", "refold-system")
+        dsn = base64.b64decode(secret["data"]["dsn"]).decode()
+        with psycopg.connect(dsn) as connection:
+            assert connection.execute("select count(*) from refold.streams").fetchone() is not None
+    api.kubectl("delete", "secret", "refold-relay", "-n", "refold-system")
+    again = until(lambda: api.get("secret", "refold-relay", "-n", "refold-system"), seconds=10)
+    assert again["data"] == secret["data"], "the same login as before, so that nobody has to be restarted"
+
+
+def test_a_projection_waits_for_its_stream_and_serves(api: ApiServer, namespace: str) -> None:
+    api.apply(projection(namespace))
+    becomes(api, "projection", namespace, "status", "False", "StreamNotReady")
+    api.apply(event_stream(namespace))
+    becomes(api, "eventstream", namespace, "orders", "True", "Active")
+    becomes(api, "projection", namespace, "status", "False", "QueryStarting")
+    version = live(api, namespace)
+    assert names(api, "deployments", namespace) == {"status-query", f"status-projector-{version}"}
+    assert names(api, "services", namespace) == {"status-query"}
+    assert names(api, "secrets", namespace) == {"status-query", f"status-projector-{version}"}
+    until(lambda: serves(api, namespace))
+    status = api.get("projection", "status", "-n", namespace)["status"]
+    assert status["url"] == f"http://status-query.{namespace}.svc"
+    assert status["replicas"] == 1
+    scale = yaml.safe_load(
+        api.kubectl("get", "--raw", f"/apis/refold.dev/v1alpha1/namespaces/{namespace}/projections/status/scale")
+    )
+    assert scale["status"]["replicas"] == 1
+    assert version in scale["status"]["selector"]
+
+
+def test_the_secrets_logins_can_do_their_work_and_no_more(api: ApiServer, namespace: str) -> None:
+    api.apply(event_stream(namespace), event_stream(namespace, "secrets"), projection(namespace))
+    until(lambda: serves(api, namespace))
+    version = live(api, namespace)
+    projector = api.get("secret", f"status-projector-{version}", "-n", namespace)["data"]
+    query = api.get("secret", "status-query", "-n", namespace)["data"]
+    decoded = {key: base64.b64decode(value).decode() for key, value in {**query, **projector}.items()}
+    assert decoded["token"] == "query-token"
+    with psycopg.connect(decoded["store-dsn"], autocommit=True) as connection:
+        connection.execute(f'select * from "{namespace}.orders".events')
+        connection.execute("select * from refold.heads")
+        for refused in (f'select * from "{namespace}.secrets".events', f'delete from "{namespace}.orders".events'):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                connection.execute(refused)
+    with psycopg.connect(decoded["readstore-dsn"], autocommit=True) as connection:
+        connection.execute(f'update "{namespace}.status.read".positions set head = head')
+    reader = base64.b64decode(query["readstore-dsn"]).decode()
+    with psycopg.connect(reader, autocommit=True) as connection:
+        connection.execute(f'select * from "{namespace}.status.read".rows_{version}')
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            connection.execute(f'delete from "{namespace}.status.read".rows_{version}')
+
+
+def test_changed_and_deleted_children_are_put_back(api: ApiServer, namespace: str) -> None:
+    api.apply(event_stream(namespace), projection(namespace))
+    until(lambda: serves(api, namespace))
+    projector = f"status-projector-{live(api, namespace)}"
+    secret = api.get("secret", projector, "-n", namespace)["data"]
+    api.kubectl("delete", "deployment", projector, "-n", namespace)
+    api.kubectl("delete", "service", "status-query", "-n", namespace)
+    api.kubectl("delete", "secret", projector, "-n", namespace)
+    api.kubectl("scale", "deployment", "status-query", "--replicas=7", "-n", namespace)
+    until(lambda: projector in names(api, "deployments", namespace), seconds=10)
+    until(lambda: "status-query" in names(api, "services", namespace), seconds=10)
+    until(lambda: api.get("secret", projector, "-n", namespace)["data"] == secret, seconds=10)
+    until(lambda: api.get("deployment", "status-query", "-n", namespace)["spec"]["replicas"] == 1, seconds=10)
+    events = until(
+        lambda: [
+            event["message"]
+            for event in api.get("events", "-n", namespace)["items"]
+            if event["reason"] == "DriftCorrected"
+        ]
+    )
+    assert any("status" in message for message in events)
+
+
+def test_an_object_of_someone_else_is_not_taken_over(api: ApiServer, namespace: str) -> None:
+    foreign = {
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "status-query", "namespace": namespace},
+        "spec": {"ports": [{"port": 1234}], "selector": {"mine": "yes"}},
+    }  # fmt: skip
+    api.apply(foreign, event_stream(namespace), projection(namespace))
+    becomes(api, "projection", namespace, "status", "False", "ObjectConflict")
+    assert api.get("service", "status-query", "-n", namespace)["spec"]["ports"][0]["port"] == 1234
+    api.kubectl("delete", "service", "status-query", "-n", namespace)
+    until(lambda: serves(api, namespace))
+
+
+def test_scaling_a_projection_scales_its_projectors(api: ApiServer, namespace: str) -> None:
+    api.apply(event_stream(namespace), projection(namespace))
+    until(lambda: serves(api, namespace))
+    api.kubectl("scale", "projection", "status", "--replicas=2", "-n", namespace)
+    projector = f"status-projector-{live(api, namespace)}"
+    until(lambda: api.get("deployment", projector, "-n", namespace)["spec"]["replicas"] == 2, seconds=10)
+    until(lambda: serves(api, namespace))
+    until(lambda: api.get("projection", "status", "-n", namespace)["status"]["replicas"] == 2)
+
+
+def test_a_changed_definition_is_built_beside_the_live_one_and_swapped(
+    api: ApiServer, operator: Operator, namespace: str
+) -> None:
+    api.apply(event_stream(namespace), projection(namespace))
+    until(lambda: serves(api, namespace))
+    former = live(api, namespace)
+    with psycopg.connect(operator.admin[operator.readstore], autocommit=True) as connection:
+        positions = f'"{namespace}.status.read".positions'
+        connection.execute(f"update {positions} set position = 10, head = 10, seen_at = now()")
+        changed = projection(namespace, fold=[{"type": "OrderPlaced", "set": {"status": "'changed'"}}])
+        api.apply(changed)
+        becomes(api, "projection", namespace, "status", "False", "Building")
+        building = api.get("projection", "status", "-n", namespace)["status"]["building"]["version"]
+        assert live(api, namespace) == former
+        assert {f"status-projector-{each}" for each in (former, building)} < names(api, "deployments", namespace)
+        roll_out(api, namespace)
+        conditions = until(lambda: api.get("projection", "status", "-n", namespace)["status"]["conditions"])
+        assert {each["type"]: each["status"] for each in conditions}["Available"] == "True"
+        connection.execute(
+            f"update {positions} set position = 10, head = 10, seen_at = now() where version = %s", [building]
+        )
+        until(lambda: serves(api, namespace), seconds=20)
+        assert live(api, namespace) == building
+        until(lambda: f"status-projector-{former}" not in names(api, "deployments", namespace))
+        until(lambda: f"status-projector-{former}" not in names(api, "secrets", namespace))
+        tables = "select count(*) from pg_tables where schemaname = %s and tablename like 'rows%%'"
+        until(lambda: connection.execute(tables, [f"{namespace}.status.read"]).fetchone() == (1,))
+
+
+def test_a_bad_definition_is_said_and_leaves_the_live_version_alone(api: ApiServer, namespace: str) -> None:
+    api.apply(event_stream(namespace), projection(namespace))
+    until(lambda: serves(api, namespace))
+    former = live(api, namespace)
+    api.apply(projection(namespace, fold=[{"type": "OrderPlaced", "set": {"nowhere": "'placed'"}}]))
+
+    def refused() -> bool:
+        found = api.get("projection", "status", "-n", namespace)["status"]
+        conditions = {each["type"]: each for each in found["conditions"]}
+        assert conditions["Ready"]["status"] == "False"
+        assert "fold[0]" in conditions["Ready"]["message"]
+        assert conditions["Available"]["status"] == "True"
+        return bool(found["live"]["version"] == former)
+
+    until(refused)
+    api.apply(projection(namespace))
+    until(lambda: serves(api, namespace))
+
+
+def test_deleting_a_projection_drops_its_read_model_and_logins(
+    api: ApiServer, operator: Operator, namespace: str
+) -> None:
+    api.apply(event_stream(namespace), projection(namespace), projection(namespace, "kept", deletionPolicy="Retain"))
+    until(lambda: serves(api, namespace))
+    until(lambda: serves(api, namespace, "kept"))
+    api.kubectl("delete", "projections", "--all", "-n", namespace, "--timeout=30s")
+    assert names(api, "deployments", namespace) == set()
+    assert names(api, "secrets", namespace) == set()
+    with psycopg.connect(operator.admin[operator.readstore]) as connection:
+        schemas = connection.execute(
+            "select nspname from pg_namespace where nspname like %s", [f"{namespace}.%"]
+        ).fetchall()
+        assert schemas == [(f"{namespace}.kept.read",)]
+        roles = connection.execute("select rolname from pg_roles where rolname like %s", [f"%{namespace}.status%"])
+        assert roles.fetchall() == []
+    api.apply(projection(namespace, "kept", deletionPolicy="Retain"))
+    until(lambda: serves(api, namespace, "kept"))
+
+
+def test_a_namespace_with_everything_in_it_can_be_deleted(api: ApiServer, namespace: str) -> None:
+    api.apply(event_stream(namespace), projection(namespace))
+    until(lambda: serves(api, namespace))
+    # there is no namespace controller here: delete what it would, in its order, which is none
+    api.kubectl("delete", "eventstreams,projections,deployments,services,secrets", "--all", "-n", namespace)
+    assert api.get("eventstreams,projections", "-n", namespace)["items"] == []
+
+
+def test_an_idle_resource_is_not_written(api: ApiServer, operator: Operator, namespace: str) -> None:
+    api.apply(event_stream(namespace), projection(namespace))
+    until(lambda: serves(api, namespace))
+    time.sleep(2)
+    kinds = "eventstreams,projections,deployments,services,secrets"
+    before = {
+        (item["kind"], item["metadata"]["name"]): item["metadata"]["resourceVersion"]
+        for item in api.get(kinds, "-n", namespace)["items"]
+    }
+    runs = operator.metric("refold_reconciliations_total")
+    for kind, name in (("eventstream", "orders"), ("projection", "status")):
+        api.kubectl("label", kind, name, "look=again", "-n", namespace)
+    until(lambda: operator.metric("refold_reconciliations_total") >= runs + 2)
+    time.sleep(1)
+    after = {
+        (item["kind"], item["metadata"]["name"]): item["metadata"]["resourceVersion"]
+        for item in api.get(kinds, "-n", namespace)["items"]
+    }
+    ours = [key for key in before if before[key] != after[key]]
+    assert set(ours) <= {("EventStream", "orders"), ("Projection", "status")}, "the labels themselves, nothing else"
+    managed = api.get("projection", "status", "-n", namespace, "--show-managed-fields")["metadata"]["managedFields"]
+    times = [entry["time"] for entry in managed if entry.get("subresource") == "status"]
+    assert all(time.time() - _seconds(each) > 2 for each in times), "no status was written after the label"
+
+
+def _seconds(timestamp: str) -> float:
+    return dt.datetime.fromisoformat(timestamp).timestamp()
+
+
+def test_nothing_secret_is_in_the_log(operator: Operator) -> None:
+    for secret in ("query-token", "password=", ":local@", "postgresql://"):
+        assert secret not in operator.log
+    assert "Traceback" not in operator.log
+
+
+def test_outages_are_conditions_and_pass(
+    api: ApiServer, operator: Operator, namespace: str, postgres: Postgres
+) -> None:
+    api.apply(event_stream(namespace), projection(namespace))
+    until(lambda: serves(api, namespace))
+    postgres.stop()
+    try:
+        api.apply(event_stream(namespace, "late"))
+        becomes(api, "eventstream", namespace, "late", "False", "StoreUnreachable")
+        api.kubectl("annotate", "projection", "status", "look=again", "-n", namespace)
+        becomes(api, "projection", namespace, "status", "False", "ReadStoreUnreachable")
+        conditions = api.get("projection", "status", "-n", namespace)["status"]["conditions"]
+        assert operator.answers("/healthz")
+    finally:
+        postgres.start()
+    assert {each["type"]: each["status"] for each in conditions}["Ready"] == "False"
+    becomes(api, "eventstream", namespace, "late", "True", "Active", seconds=90)
+    until(lambda: serves(api, namespace), seconds=90)
+
+
+def test_the_operator_survives_the_api_server(api: ApiServer, operator: Operator, namespace: str) -> None:
+    api.stop_server()
+    time.sleep(3)
+    assert operator.answers("/healthz")
+    api.start_server()
+    api.apply(event_stream(namespace))
+    becomes(api, "eventstream", namespace, "orders", "True", "Active", seconds=90)
+
+
+def test_killed_at_any_moment_it_converges(api: ApiServer, operator: Operator, namespace: str) -> None:
+    wanted = [
+        manifest
+        for number in range(6)
+        for manifest in (
+            event_stream(namespace, f"orders-{number}", deletionPolicy="Delete"),
+            projection(namespace, f"status-{number}", streams=[f"orders-{number}"]),
+        )
+    ]
+    api.apply(*wanted)
+    for pause in (0.3, 0.7, 1.1, 1.5):
+        time.sleep(pause)
+        operator.kill()
+        operator.start()
+    for number in range(6):
+        until(lambda number=number: serves(api, namespace, f"status-{number}"), seconds=90)
+    assert len(names(api, "deployments", namespace)) == 12
+    api.kubectl("delete", "eventstreams,projections", "--all", "-n", namespace, "--wait=false")
+    for pause in (0.2, 0.6, 1.0):
+        time.sleep(pause)
+        operator.kill()
+        operator.start()
+    until(lambda: api.get("eventstreams,projections", "-n", namespace)["items"] == [], seconds=90)
+    for database in (operator.store, operator.readstore):
+        with psycopg.connect(operator.admin[database]) as connection:
+            left = connection.execute("select nspname from pg_namespace where nspname like %s", [f"{namespace}.%"])
+            assert left.fetchall() == []
+            left = connection.execute("select rolname from pg_roles where rolname like %s", [f"%{namespace}.%"])
+            assert left.fetchall() == []
