@@ -310,6 +310,16 @@ async def test_without_a_live_version_it_says_so_and_serves_as_soon_as_there_is_
     assert served.ask("/readyz", token="").status == 200
 
 
+async def test_a_definition_of_a_later_release_is_no_internal_error(model: Model, served: Served) -> None:
+    await model.version()
+    model.execute("update {s}.versions set definition = definition || %s", '{"later": 1}')
+    answer = served.ask("/v1/rows/a")
+    assert (answer.status, answer.json()["type"]) == (503, "https://refold.dev/problems/readstore-unavailable")
+    assert "later" in answer.json()["detail"]
+    model.execute("update {s}.versions set definition = definition - 'later'")
+    assert served.ask("/v1/rows/a").status == 404
+
+
 async def test_a_swap_is_seen_at_once_and_a_dropped_version_is_never_missed(model: Model, served: Served) -> None:
     await model.version("v1")
     model.put("a", "v1", items=1)

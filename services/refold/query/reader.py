@@ -18,6 +18,7 @@ import psycopg
 import structlog
 from psycopg import errors, sql
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
+from pydantic import ValidationError
 
 from refold import names
 from refold.projection.definition import VersionDefinition
@@ -154,7 +155,14 @@ class Reader:
         if not rows or rows[0][0] is None:
             raise problems.no_live_version(self._projection)
         version, definition = rows[0]
-        live = LiveVersion(self._schema, version, VersionDefinition.from_json(definition))
+        try:
+            live = LiveVersion(self._schema, version, VersionDefinition.from_json(definition))
+        except ValidationError as error:
+            log.error("The live version's definition can't be read", version=version, error=str(error))
+            raise problems.unavailable(
+                f"the definition of the live version {version} isn't one that this release of Refold reads; it was "
+                "made by a later one, with which this service has to be upgraded too"
+            ) from error
         if self._known is None or self._known.version != version:
             log.info("Serving a version", projection=self._projection, version=version)
         self._known = live
