@@ -52,7 +52,7 @@ class Sandbox:
         port = next(self._ports)
         selector = {"app.kubernetes.io/component": "query", "refold.dev/projection": projection}
         kubectl("-n", self.name, "apply", "-f", "-", stdin=yaml.safe_dump({
-            "apiVersion": "v1", "kind": "Service", 
+            "apiVersion": "v1", "kind": "Service",
             "metadata": {"name": f"{projection}-local", "labels": {"refold.dev/test": "local"}},
             "spec": {
                 "type": "NodePort", "selector": selector,
