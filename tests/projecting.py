@@ -133,14 +133,14 @@ class World:
         stream = self.streams[name]
         made: list[Event] = []
         now = dt.datetime.now(dt.UTC)
-        for subject, type_, data in events:
+        for number, (subject, type_, data) in enumerate(events):
             partition = partition_of(subject, stream.partitions)
             revision = self.revisions[name, subject] = self.revisions.get((name, subject), 0) + 1
             log = self.events[name][partition]
             log.append(
                 Event(
                     partition=partition, position=len(log) + 1, subject=subject, revision=revision,
-                    id=secrets.token_hex(8), type=type_, time=now + dt.timedelta(microseconds=len(log)),
+                    id=secrets.token_hex(8), type=type_, time=now + dt.timedelta(microseconds=number),
                     data=msgspec.Raw(json.dumps(data).encode()),
                 )
             )  # fmt: skip
@@ -228,15 +228,16 @@ class ReadModel:
         self.group = names.consumer_group(NAMESPACE, name, version)
 
     def settings(self, **options: Any) -> Settings:
-        return Settings(
-            projection=f"{NAMESPACE}/{self.name}",
-            version=self.version,
-            readstore_dsn=self.world.dsn,
-            store_dsn=self.world.dsn,
-            kafka_bootstrap=self.world.kafka.bootstrap,
-            port=0,
-            **{"session_seconds": 6, **options},
-        )
+        values: dict[str, Any] = {
+            "projection": f"{NAMESPACE}/{self.name}",
+            "version": self.version,
+            "readstore_dsn": self.world.dsn,
+            "store_dsn": self.world.dsn,
+            "kafka_bootstrap": self.world.kafka.bootstrap,
+            "port": 0,
+            "session_seconds": 6,
+        }
+        return Settings(**(values | options))
 
     def process(self, **options: Any) -> "Process":
         return Process(self.settings(**options))

@@ -4,6 +4,7 @@ import asyncio
 import signal
 from contextlib import ExitStack
 
+import psycopg
 import pytest
 from refold.projection.fold import RowChange
 from refold.projection.readstore import MovedError
@@ -48,12 +49,19 @@ async def test_rows_are_right_when_projectors_are_killed_and_come_back(
         assert customers.rows() == fold_customers(world)
 
 
+_WAITING = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%%insert into%%'"
+
+
 async def test_a_projector_that_was_frozen_past_its_session_does_no_harm(world: World, customers: ReadModel) -> None:
     with customers.process(batch_events=20) as frozen:
         world.append(random_events(100))
         customers.wait()
-        world.append(random_events(3000, seed=2))
-        frozen.send(signal.SIGSTOP)  # most likely in the middle of a batch
+        with psycopg.connect(world.dsn) as conn:
+            # its next batch waits for this lock, and with the positions locked it is frozen in the middle of it
+            conn.execute(f'select from "{customers.schema}".rows_{customers.version} for update')
+            world.append(random_events(3000, seed=2))
+            until(lambda: customers.execute(_WAITING)[0][0] > 0, "the projector to wait for a row")
+            frozen.send(signal.SIGSTOP)
         with customers.process() as other:
             customers.wait(60)
             world.append(random_events(100, seed=3))

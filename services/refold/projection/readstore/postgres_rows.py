@@ -38,7 +38,7 @@ from refold.projection.values import Value
 #: Server-side limits of a projector's session. A frozen process (SIGSTOP, a paused VM) lets go of its locks within the
 #: idle time; no statement of a batch takes nearly as long as the statement's.
 _OPTIONS = (
-    "-c statement_timeout=60s -c lock_timeout=30s -c idle_in_transaction_session_timeout=10s "
+    "-c statement_timeout=60s -c lock_timeout=30s -c idle_in_transaction_session_timeout=6s "
     "-c default_transaction_isolation=read\\ committed -c client_encoding=UTF8 -c timezone=UTC -c search_path="
 )
 #: SQLSTATEs after which the same transaction may succeed: deadlock, serialisation failure, lock timeout.
