@@ -127,18 +127,21 @@ def behind(stream: Stream, partition: int, position: int) -> Refusal:
     )
 
 
-def wants(members: Iterable[Progress], limit: int, *, partitions: int) -> list[Want]:
-    """Return what to read next: at most `limit` events of at most `partitions` partitions, shared evenly."""
-    waiting = [
-        (member, partition, head - position)
-        for member in members
-        for partition, (head, position) in enumerate(zip(member.heads, member.positions, strict=True))
-        if head > position
-    ][: min(partitions, limit)]
-    if not waiting:
-        return []
-    share = limit // len(waiting)
+def wants(
+    members: Iterable[Progress], limit: int, *, partitions: int, reached: Checkpoints | None = None
+) -> list[Want]:
+    """Return what to read next: at most `limit` events of at most `partitions` partitions, shared evenly.
+
+    `reached` are positions that will count once a transaction under way is committed.
+    """
+    waiting = []
+    for member in members:
+        for partition, (head, position) in enumerate(zip(member.heads, member.positions, strict=True)):
+            sent = reached.get((member.stream.incarnation, partition)) if reached else None
+            after = position if sent is None else sent.position
+            if head > after:
+                waiting.append((member.stream, partition, after, head - after))
+    del waiting[min(partitions, limit) :]
     return [
-        Want(member.stream, partition, member.positions[partition], min(share, count))
-        for member, partition, count in waiting
+        Want(stream, partition, after, min(limit // len(waiting), count)) for stream, partition, after, count in waiting
     ]

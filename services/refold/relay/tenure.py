@@ -2,10 +2,14 @@
 
 Positions change only after a commit. An exception leaves this module for what concerns the whole shard (Kafka or
 PostgreSQL out of reach, fenced, lock lost); what concerns one stream becomes its refusal.
+
+While a transaction is committed the events of the next one are read, on a thread of the tenure's own. They count only
+if the positions are then what was expected.
 """
 
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 
 import psycopg
@@ -25,9 +29,12 @@ _MAX_BATCH_BYTES = 16 << 20
 #: How often all topics are looked up, so that a recreated one is filled even while nothing is appended.
 _LOOKUP_SECONDS = 10.0
 _IDLE_SECONDS = 1.0
+#: Fewer waiting events aren't worth a thread's wake.
+_AHEAD_EVENTS = 2_000
 
 #: A stream, what was wanted of one of its partitions, and the events, at least one.
 _Batch = tuple[Progress, Want, list[Event]]
+_Reading = Future[tuple[list[list[Event]], bool]]
 
 
 class Tenure:
@@ -57,6 +64,8 @@ class Tenure:
         self._streams: dict[int, Progress] = {}
         self._next_lookup = 0.0
         self._turn = 0
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix=f"shard-{shard}-reader")
+        self._ahead: tuple[list[Want], _Reading] | None = None
         self._log = structlog.get_logger(__name__).bind(shard=shard)
 
     def adopt(self, view: View) -> None:
@@ -110,7 +119,8 @@ class Tenure:
         return _IDLE_SECONDS
 
     def close(self) -> None:
-        """Take the shard's streams out of the metrics."""
+        """Stop reading and take the shard's streams out of the metrics."""
+        self._reader.shutdown(cancel_futures=True)
         for known in self._streams.values():
             self._forget(known)
         self._streams.clear()
@@ -153,7 +163,9 @@ class Tenure:
 
     def _relay(self, members: Sequence[Progress], limit: int) -> None:
         """Carry at most `limit` waiting events of `members` in one transaction."""
-        batches = self._read(progress.wants(members, limit, partitions=MAX_PARTITIONS_PER_QUERY))
+        batches = self._take_ahead(members) if limit == FULL_BATCH else None
+        if batches is None:
+            batches = self._read(progress.wants(members, limit, partitions=MAX_PARTITIONS_PER_QUERY))
         if not batches:
             return
         with metrics.TRANSACTION.time():
@@ -166,6 +178,8 @@ class Tenure:
                     for known, want, events in batches
                 }
                 self._send_checkpoints(reached)
+                if limit == FULL_BATCH:
+                    self._read_ahead(members, reached)
                 self._producer.commit(lambda: self._changed(batches))
             except AbortedError as error:
                 self._aborted(batches, error)
@@ -180,13 +194,34 @@ class Tenure:
             if known.refusal is not None:
                 self._accept(known)
 
-    def _read(self, wanted: Sequence[Want]) -> list[_Batch]:
-        """Read what is wanted; a stream whose history can't be read is refused and left out."""
+    def _read_ahead(self, members: Sequence[Progress], reached: Checkpoints) -> None:
+        """Begin to read what follows on a transaction under way, where it is worth it."""
+        wanted = progress.wants(members, FULL_BATCH, partitions=MAX_PARTITIONS_PER_QUERY, reached=reached)
+        if sum(want.limit for want in wanted) >= _AHEAD_EVENTS:
+            reading = self._reader.submit(source.events, self._connection, wanted, max_bytes=_MAX_BATCH_BYTES)
+            self._ahead = wanted, reading
+
+    def _take_ahead(self, members: Sequence[Progress]) -> list[_Batch] | None:
+        """Return what was read ahead, or None where nothing was or it doesn't follow on what stands in the topics."""
+        if self._ahead is None:
+            return None
+        (wanted, reading), self._ahead = self._ahead, None
+        known = {member.stream: member for member in members}
+        if all(want.stream in known and known[want.stream].positions[want.partition] == want.after for want in wanted):
+            return self._read(wanted, reading)
+        wait([reading])
+        return None
+
+    def _read(self, wanted: Sequence[Want], reading: _Reading | None = None) -> list[_Batch]:
+        """Read what is wanted, or what was read of it; a stream whose history can't be read is refused and left out."""
         if not wanted:
             return []
         numbers = dict.fromkeys(want.stream.number for want in wanted)
         try:
-            found, complete = source.events(self._connection, wanted, max_bytes=_MAX_BATCH_BYTES)
+            if reading is not None:
+                found, complete = reading.result()
+            else:
+                found, complete = source.events(self._connection, wanted, max_bytes=_MAX_BATCH_BYTES)
         except psycopg.Error as error:
             if self._connection.closed:
                 raise
