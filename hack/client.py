@@ -167,7 +167,7 @@ class ReadModel:
 
     def __init__(self, base: str, *, timeout: float = 180) -> None:
         """`timeout`: for how many seconds a query is tried again while the query service is away."""
-        self._http, self._timeout = http(base), timeout
+        self.base, self._http, self._timeout = base, http(base), timeout
 
     def get(self, path: str, **parameters: str | int) -> httpx.Response:
         """Return the answer to a GET."""
