@@ -69,12 +69,8 @@ def projector(
     image: Image,
     kafka_bootstrap: str,
     secret: Manifest,
-    replicas: int | None = None,
 ) -> Manifest:
-    """Return the Deployment of one version's projectors, with `spec.projector.replicas` unless `replicas` is given."""
-    processes = owner.spec.projector
-    if replicas is not None:
-        processes = processes.model_copy(update={"replicas": replicas})
+    """Return the Deployment of one version's projectors."""
     env = [
         {"name": "REFOLD_PROJECTION", "value": f"{owner.metadata.namespace}/{owner.metadata.name}"},
         {"name": "REFOLD_VERSION", "value": version},
@@ -85,7 +81,7 @@ def projector(
     ]
     return _deployment(
         owner, names.projector_name(owner.metadata.name, version), "projector", _labels(owner, "projector", version),
-        processes=processes, image=image, env=env, secret=secret,
+        processes=owner.spec.projector, image=image, env=env, secret=secret,
     )  # fmt: skip
 
 

@@ -90,10 +90,10 @@ class Controller:
                 await projection.finalize(resources.projection(body), self._surroundings())
         except ReconcileError as error:
             message = f"deletion waits: {error.message}"
-            _log.warning("deletion waits", key=str(key), reason=error.reason, why=error.message)
+            _log.info("deletion waits", key=str(key), reason=error.reason, why=error.message)
             status: Status = {name: value for name, value in body.get("status", {}).items() if name != "conditions"}
             await self._write(key, body, [Condition("Ready", "False", error.reason, message)], status)
-            return Outcome(failed=True, message=message)
+            return Outcome(failed=True, again=error.retry_after, message=message)
         self._forget(key)
         if key.kind == "EventStream":
             self.wake_readers(key.namespace, key.name)
@@ -153,7 +153,8 @@ class Controller:
         try:
             await self._cluster.post_event(body, warning=warning, reason=reason, message=message)
         except (UnreachableError, RefusedError) as error:
-            _log.warning("an Event couldn't be written", why=str(error))
+            # As in a namespace that is being deleted.
+            _log.info("an Event couldn't be written", why=str(error))
 
     def _forget(self, key: Key) -> None:
         self._written.pop(key, None)
@@ -162,5 +163,13 @@ class Controller:
 
 def _is_warning(ready: Mapping[str, Any]) -> bool:
     """Tell whether a person should look; what is on its way isn't a warning."""
-    on_its_way = ("Building", "QueryStarting", "ProjectorStarting", "TopicPending", "Installing", "StreamNotReady")
+    on_its_way = (
+        "Building",
+        "QueryStarting",
+        "ProjectorStarting",
+        "TopicPending",
+        "Installing",
+        "StreamNotReady",
+        "ProcessesEnding",
+    )
     return ready["status"] != "True" and ready["reason"] not in on_its_way

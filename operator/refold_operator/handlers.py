@@ -94,5 +94,7 @@ def _key(kind: str, namespace: str | None, name: str) -> Key:
 async def _finalize(controller: Controller, key: Key, retry: int) -> None:
     outcome = await controller.queue.now(key, controller.finalize)
     if outcome.failed:
-        raise kopf.TemporaryError(outcome.message, delay=min(2.0**retry, 30.0))
+        raise kopf.TemporaryError(
+            outcome.message, delay=min(2.0**retry, 30.0) if outcome.again is None else outcome.again
+        )
     controller.queue.forget(key)

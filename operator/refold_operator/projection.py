@@ -95,28 +95,33 @@ async def reconcile(projection: Projection, around: Surroundings) -> Result:
 
     Never raises because of an outage or a refusal: these are the result's conditions.
     """
+    namespace, name = projection.metadata.namespace, projection.metadata.name
     target: str | None = None
     found: list[str] = []
     problem: ReconcileError | None = None
     state = ProjectionStatus(live=None, versions={})
     deployments: Mapping[str, Object] = {}
     try:
-        with _readstore_errors():
-            state = await around.readstore.status(
-                namespace=projection.metadata.namespace, name=projection.metadata.name
-            )
-        version, wanted = await _wanted(projection, around)
+        state = await _claim(projection, around)
+        try:
+            version, wanted = await _wanted(projection, around)
+        except ReconcileError:
+            # What serves is looked after, whatever is wrong with what is to come.
+            if state.live is not None:
+                deployments = await _apply(projection, around, {state.live}, found)
+            raise
         target = version
-        await _read_model(projection, around, version, wanted)
-        deployments = await _apply(projection, around, version, found)
         with _readstore_errors():
-            if await around.readstore.try_swap(
-                namespace=projection.metadata.namespace, name=projection.metadata.name, version=version
+            if await around.readstore.ensure_version(
+                namespace=namespace, name=name, version=version, definition=wanted
             ):
-                _log.debug("version is live", version=version)
-            state = await around.readstore.status(
-                namespace=projection.metadata.namespace, name=projection.metadata.name
-            )
+                _log.info("version made", namespace=namespace, name=name, version=version)
+            state = await around.readstore.status(namespace=namespace, name=name)
+        plan = plan_versions(target=version, live=state.live, stored=state.versions, running=())
+        deployments = await _apply(projection, around, plan.keep, found)
+        with _readstore_errors():
+            await around.readstore.try_swap(namespace=namespace, name=name, version=version)
+            state = await around.readstore.status(namespace=namespace, name=name)
         await _drop_former(projection, around, version, state, deployments)
     except ReconcileError as error:
         problem = error
@@ -148,6 +153,11 @@ async def finalize(projection: Projection, around: Surroundings) -> None:
             await around.readstore.drop(namespace=namespace, name=name, uid=projection.metadata.uid)
         except ConflictError as error:
             _log.info("read model is someone else's and stays", namespace=namespace, name=name, why=str(error))
+        except StoreConflictError as error:
+            # A projector has a temporary table of its own for as long as its session lasts.
+            raise ReconcileError(
+                "Ready", "ProcessesEnding", f"its projectors are still ending: {error}", retry_after=1.0
+            ) from error
 
 
 async def _wanted(projection: Projection, around: Surroundings) -> tuple[str, VersionDefinition]:
@@ -188,31 +198,34 @@ async def _streams(projection: Projection, around: Surroundings, wanted: Sequenc
     return streams
 
 
-async def _read_model(projection: Projection, around: Surroundings, version: str, wanted: VersionDefinition) -> None:
-    """Claim the read model and make the version's table."""
+async def _claim(projection: Projection, around: Surroundings) -> ProjectionStatus:
+    """Claim the read model and return how far its versions are."""
     namespace, name = projection.metadata.namespace, projection.metadata.name
     with _readstore_errors():
         former = projection.metadata.annotations.get(TAKE_OVER_ANNOTATION)
         if former and former != projection.metadata.uid:
             await around.readstore.release(namespace=namespace, name=name, uid=former)
         await around.readstore.claim(namespace=namespace, name=name, uid=projection.metadata.uid)
-        if await around.readstore.ensure_version(namespace=namespace, name=name, version=version, definition=wanted):
-            _log.info("version made", namespace=namespace, name=name, version=version)
+        return await around.readstore.status(namespace=namespace, name=name)
 
 
-async def _apply(projection: Projection, around: Surroundings, version: str, found: list[str]) -> dict[str, Object]:
-    """Make logins and Kubernetes objects; return the Deployments by name. `found` gets what was put right."""
+async def _apply(
+    projection: Projection, around: Surroundings, versions: Collection[str], found: list[str]
+) -> dict[str, Object]:
+    """Make the logins and the Kubernetes objects of `versions`.
+
+    Returns:
+        The Deployments by name. `found` gets what was put right.
+    """
     if around.key is None:
         raise ReconcileError(
             "Ready", "Installing", "the operator is still installing its stores; see its log", retry_after=2.0
         )
     namespace, name = projection.metadata.namespace, projection.metadata.name
     with _readstore_errors():
-        state = await around.readstore.status(namespace=namespace, name=name)
         folded = await around.readstore.definitions(namespace=namespace, name=name)
         logins = await around.readstore.logins(around.key, namespace=namespace, name=name)
-    kept = {version} if state.live is None else {version, state.live}
-    readable = await _readable(around, [ref for kept_version in kept for ref in folded[kept_version].streams])
+    readable = await _readable(around, [ref for version in versions for ref in folded[version].streams])
     role = _store_login(around, names.read_schema(namespace, name))
     with _store_errors():
         store_dsn = await around.store.projector_login(role, credentials.password(around.key, role), readable)
@@ -222,16 +235,12 @@ async def _apply(projection: Projection, around: Surroundings, version: str, fou
         children.query_service(projection),
         children.query(projection, image=around.image, secret=query_secret),
     ]
-    for kept_version in sorted(kept):
-        secret = children.projector_secret(
-            projection, kept_version, store_dsn=store_dsn, readstore_dsn=logins.projector
+    for version in sorted(versions):
+        secret = children.projector_secret(projection, version, store_dsn=store_dsn, readstore_dsn=logins.projector)
+        deployment = children.projector(
+            projection, version, image=around.image, kafka_bootstrap=around.kafka_bootstrap, secret=secret
         )
-        wanted.append(secret)
-        wanted.append(
-            children.projector(
-                projection, kept_version, image=around.image, kafka_bootstrap=around.kafka_bootstrap, secret=secret
-            )
-        )
+        wanted += [secret, deployment]
     with _cluster_errors():
         there = {
             (child["kind"], child["metadata"]["name"]): child
@@ -485,9 +494,11 @@ def _readstore_errors() -> Iterator[None]:
         yield
     except UnreachableError as error:
         raise ReconcileError("Ready", "ReadStoreUnreachable", str(error)) from error
-    except (ConflictError, StoreConflictError) as error:
+    except ConflictError as error:
         advice = f"if that one is gone for good, annotate this one with {TAKE_OVER_ANNOTATION}=<uid>"
         raise ReconcileError("Ready", "Conflict", f"{error} ({advice})") from error
+    except StoreConflictError as error:
+        raise ReconcileError("Ready", "Conflict", str(error)) from error
     except (ReadStoreError, EventStoreError, psycopg.Error) as error:
         raise ReconcileError("Ready", "ReadStoreError", f"the read store answered: {error}") from error
 

@@ -331,6 +331,9 @@ def test_a_bad_definition_is_said_and_leaves_the_live_version_alone(api: ApiServ
         return bool(found["live"]["version"] == former)
 
     until(refused)
+    api.kubectl("scale", "projection", "status", "--replicas=2", "-n", namespace)
+    projector = f"status-projector-{former}"
+    until(lambda: api.get("deployment", projector, "-n", namespace)["spec"]["replicas"] == 2, seconds=10)
     api.apply(projection(namespace))
     until(lambda: serves(api, namespace))
 
@@ -353,6 +356,17 @@ def test_deleting_a_projection_drops_its_read_model_and_logins(
         assert roles.fetchall() == []
     api.apply(projection(namespace, "kept", deletionPolicy="Retain"))
     until(lambda: serves(api, namespace, "kept"))
+
+
+def test_deletion_waits_for_projectors_that_still_end(api: ApiServer, operator: Operator, namespace: str) -> None:
+    api.apply(event_stream(namespace), projection(namespace))
+    until(lambda: serves(api, namespace))
+    secret = api.get("secret", f"status-projector-{live(api, namespace)}", "-n", namespace)["data"]
+    with psycopg.connect(base64.b64decode(secret["readstore-dsn"]).decode(), autocommit=True) as projector:
+        projector.execute("create temporary table stage (x int)")
+        api.kubectl("delete", "projection", "status", "-n", namespace, "--wait=false")
+        becomes(api, "projection", namespace, "status", "False", "ProcessesEnding")
+    api.kubectl("wait", "--for=delete", "projection/status", "-n", namespace, "--timeout=20s")
 
 
 def test_a_namespace_with_everything_in_it_can_be_deleted(api: ApiServer, namespace: str) -> None:
@@ -430,22 +444,22 @@ def test_the_operator_survives_the_api_server(api: ApiServer, operator: Operator
 def test_killed_at_any_moment_it_converges(api: ApiServer, operator: Operator, namespace: str) -> None:
     wanted = [
         manifest
-        for number in range(6)
+        for number in range(4)
         for manifest in (
             event_stream(namespace, f"orders-{number}", deletionPolicy="Delete"),
             projection(namespace, f"status-{number}", streams=[f"orders-{number}"]),
         )
     ]
     api.apply(*wanted)
-    for pause in (0.3, 0.7, 1.1, 1.5):
+    for pause in (0.3, 0.9, 1.5):
         time.sleep(pause)
         operator.kill()
         operator.start()
-    for number in range(6):
+    for number in range(4):
         until(lambda number=number: serves(api, namespace, f"status-{number}"), seconds=90)
-    assert len(names(api, "deployments", namespace)) == 12
+    assert len(names(api, "deployments", namespace)) == 8
     api.kubectl("delete", "eventstreams,projections", "--all", "-n", namespace, "--wait=false")
-    for pause in (0.2, 0.6, 1.0):
+    for pause in (0.2, 0.8):
         time.sleep(pause)
         operator.kill()
         operator.start()
