@@ -163,13 +163,5 @@ class Controller:
 
 def _is_warning(ready: Mapping[str, Any]) -> bool:
     """Tell whether a person should look; what is on its way isn't a warning."""
-    on_its_way = (
-        "Building",
-        "QueryStarting",
-        "ProjectorStarting",
-        "TopicPending",
-        "Installing",
-        "StreamNotReady",
-        "ProcessesEnding",
-    )
+    on_its_way = projection.PASSING | {"Building", "QueryStarting", "ProjectorStarting", "TopicPending"}
     return ready["status"] != "True" and ready["reason"] not in on_its_way

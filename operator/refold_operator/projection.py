@@ -27,11 +27,13 @@ from refold_operator.cluster import Cluster, Object
 from refold_operator.errors import ReconcileError, UnreachableError
 from refold_operator.readstore import ReadStore
 from refold_operator.resources import REBUILD_ANNOTATION, TAKE_OVER_ANNOTATION, Projection
-from refold_operator.status import Condition, Status
+from refold_operator.status import Condition, ConditionStatus, Status
 from refold_operator.store import Store
 
 _log = structlog.get_logger(__name__)
 
+#: Reasons that go by themselves when something else is done; no person has to look.
+PASSING = frozenset({"StreamNotReady", "Installing", "ProcessesEnding"})
 #: Seconds until a version that is being built is looked at again.
 _BUILDING_SECONDS = 2.0
 #: Seconds until a version with events to fold is looked at again.
@@ -355,7 +357,7 @@ def _result(
     projector = deployments.get(names.projector_name(name, state.live)) if state.live is not None else None
     available = _available(projection, live, query)
     ready = _ready(projection, target, live, available, projector, problem)
-    progressing = _progressing(building, [query, projector])
+    progressing = _progressing(building, [query, projector], problem)
     degraded = _degraded(live, problem)
     status: Status = {"url": children.url(projection), "parked": 0, "replicas": 0}
     if live is not None:
@@ -427,7 +429,12 @@ def _ready(
     return Condition("Ready", "True", "Serving", f"version {live.version} serves")
 
 
-def _progressing(building: VersionStatus | None, deployments: Sequence[Object | None]) -> Condition:
+def _progressing(
+    building: VersionStatus | None, deployments: Sequence[Object | None], problem: ReconcileError | None
+) -> Condition:
+    if problem is not None:
+        going_on: ConditionStatus = "True" if problem.reason in PASSING else "False"
+        return Condition("Progressing", going_on, problem.reason, problem.message)
     if building is not None:
         return Condition("Progressing", "True", "Building", f"version {building.version} is being built")
     if any(deployment is None or not rolled_out(deployment) for deployment in deployments):
@@ -445,7 +452,7 @@ def _degraded(live: VersionStatus | None, problem: ReconcileError | None) -> Con
             "EventsParked",
             f"{live.parked} events failed and were set aside, or follow one that did; the first: {live.parked_error}",
         )
-    if problem is not None:
+    if problem is not None and problem.reason not in PASSING:
         return Condition("Degraded", "True", problem.reason, problem.message)
     return Condition("Degraded", "False", "AsExpected", "nothing needs a person")
 

@@ -309,13 +309,16 @@ def outcome(
     problem: ReconcileError | None = None,
     resource: resources.Projection | None = None,
 ) -> tuple[dict[str, Condition], projection.Result]:
-    state = ProjectionStatus(live=live, versions={each.version: each for each in versions or [version("new")]})
-    running = deployments or [deployment("status-query"), deployment("status-projector-new")]
+    state = ProjectionStatus(
+        live=live, versions={each.version: each for each in ([version("new")] if versions is None else versions)}
+    )
+    if deployments is None:
+        deployments = [deployment("status-query"), deployment("status-projector-new")]
     result = projection._result(
         resource or owner(),
         target=target,
         state=state,
-        deployments={each["metadata"]["name"]: each for each in running},
+        deployments={each["metadata"]["name"]: each for each in deployments},
         problem=problem,
         found=[],
     )
@@ -355,6 +358,17 @@ class TestProjectionStatus:
         assert (found["Ready"].status, found["Ready"].message) == ("False", "spec.fold[0].set.x: there is no column x")
         assert found["Degraded"].status == "True"
         assert result.failed
+
+    def test_waiting_for_a_stream_is_progress_and_no_degradation(self) -> None:
+        waits = ReconcileError("Ready", "StreamNotReady", "the EventStream shop/orders doesn't exist")
+        found, result = outcome(target=None, live=None, versions=[], deployments=[], problem=waits)
+        assert {name: condition.status for name, condition in found.items()} == {
+            "Ready": "False", "Available": "False", "Progressing": "True", "Degraded": "False",
+        }  # fmt: skip
+        assert "live" not in result.status
+        broken = ReconcileError("Ready", "UnknownColumn", "spec.fold[0].set.x: there is no column x")
+        found, _ = outcome(target=None, live=None, versions=[], deployments=[], problem=broken)
+        assert (found["Progressing"].status, found["Degraded"].status) == ("False", "True")
 
     def test_parked_events_and_stopped_partitions_are_degraded_but_serve(self) -> None:
         found, _ = outcome(versions=[version("new", parked=2, parked_error="no field x")])
