@@ -186,6 +186,92 @@ def live(api: ApiServer, namespace: str, name: str = "status") -> str:
     return version
 
 
+COLUMNS = [{"name": "status", "type": "text"}]
+RULES = [{"type": "OrderPlaced", "set": {"status": "'placed'"}}]
+
+
+@pytest.mark.parametrize(
+    ("manifest", "field"),
+    [
+        (event_stream("default", "n" * 41), "metadata.name"),
+        (event_stream("default", "a.b"), "metadata.name"),
+        (event_stream("default", partitions=0), "spec.partitions"),
+        (event_stream("default", partitions=257), "spec.partitions"),
+        (event_stream("default", partitions=None), "spec.partitions"),
+        (event_stream("default", topic={"name": "sp ace"}), "spec.topic.name"),
+        (event_stream("default", topic={"name": "__consumer_offsets"}), "spec.topic.name"),
+        (event_stream("default", topic={"name": "refold.checkpoints.x"}), "spec.topic.name"),
+        (event_stream("default", topic={"replicas": 0}), "spec.topic.replicas"),
+        (event_stream("default", topic={"config": {"cleanup.policy": "compact"}}), "spec.topic.config"),
+        (event_stream("default", topic={"config": {"retention.ms": "a week"}}), "spec.topic.config"),
+        (event_stream("default", topic={"config": {"compression.type": "rar"}}), "spec.topic.config"),
+        (event_stream("default", topic={"config": {"retention.ms": 1000}}), "spec.topic.config.retention.ms"),
+        (event_stream("default", deletionPolicy="Orphan"), "spec.deletionPolicy"),
+        (event_stream("default", shards=3), "shards"),
+        (projection("default", "9lives"), "metadata.name"),
+        (projection("default", streams=[]), "spec.streams"),
+        (projection("default", streams=["a", "a"]), "spec.streams"),
+        (projection("default", streams=["Orders"]), "spec.streams"),
+        (projection("default", key=""), "spec.key"),
+        (projection("default", columns=[]), "spec.columns"),
+        (projection("default", columns=[*COLUMNS, *COLUMNS]), "spec.columns"),
+        (projection("default", columns=[{"name": "key", "type": "text"}]), "spec.columns[0].name"),
+        (projection("default", columns=[{"name": "Total", "type": "text"}]), "spec.columns[0].name"),
+        (projection("default", columns=[{"name": "total", "type": "float"}]), "spec.columns[0].type"),
+        (projection("default", fold=[]), "spec.fold"),
+        (projection("default", fold=[{"type": "X"}]), "spec.fold[0]"),
+        (projection("default", fold=[{"type": "X", "delete": False}]), "spec.fold[0].delete"),
+        (projection("default", fold=[{**RULES[0], "delete": True}]), "spec.fold[0]"),
+        (projection("default", fold=[{"type": "X", "set": {}}]), "spec.fold[0].set"),
+        (projection("default", fold=[{**RULES[0], "when": ""}]), "spec.fold[0].when"),
+        (projection("default", projector={"replicas": -1}), "spec.projector.replicas"),
+        (projection("default", query={"replicas": 1000}), "spec.query.replicas"),
+        (projection("default", query={"resources": {"limits": {"memory": "much"}}}), "spec.query.resources.limits"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_the_api_server_refuses_a_bad_spec_and_names_the_field(
+    api: ApiServer, manifest: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(RuntimeError) as refused:
+        api.kubectl("create", "--dry-run=server", "-f", "-", stdin=yaml.safe_dump(manifest))
+    assert field in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        event_stream("default"),
+        event_stream("default", "n" * 40, partitions=256, deletionPolicy="Delete"),
+        event_stream("default", topic={"name": "my.Topic_1-x", "replicas": 3, "config": {"retention.ms": "-1"}}),
+        projection("default", "p" * 40),
+        projection("default", projector={"replicas": 0, "resources": {"requests": {"cpu": 1, "memory": "1.5Gi"}}}),
+        projection(
+            "default", fold=[{"type": "X", "delete": True}, {"type": "X", "add": {"status": "1"}, "when": "true"}]
+        ),
+    ],
+)
+def test_the_api_server_accepts_a_good_spec(api: ApiServer, manifest: dict[str, Any]) -> None:
+    api.kubectl("create", "--dry-run=server", "-f", "-", stdin=yaml.safe_dump(manifest))
+
+
+def test_what_a_stream_was_made_with_cannot_be_changed(api: ApiServer) -> None:
+    api.kubectl("create", "namespace", "immutable")
+    made = {"name": "t", "replicas": 1, "config": {"retention.ms": "5"}}
+    api.apply(event_stream("immutable", topic=made))
+    changes: list[dict[str, Any]] = [
+        {"partitions": 3, "topic": made},
+        {"topic": {**made, "name": "u"}},
+        {"topic": {**made, "replicas": 2}},
+        {"topic": {"name": "t"}},
+        {},
+    ]
+    for change in changes:
+        with pytest.raises(RuntimeError, match="immutable"):
+            api.apply(event_stream("immutable", **change))
+    api.apply(event_stream("immutable", topic={**made, "config": {}}, deletionPolicy="Delete"))
+
+
 def test_the_installations_logins_are_put_into_secrets(api: ApiServer, operator: Operator) -> None:
     until(lambda: operator.answers("/readyz"))
     for part in ("eventstore", "relay"):
