@@ -29,7 +29,16 @@ from cloudevents.core.bindings.kafka import KafkaMessage, from_binary
 from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import (
+    AclBinding,
+    AclBindingFilter,
+    AclOperation,
+    AclPermissionType,
+    AdminClient,
+    NewTopic,
+    ResourcePatternType,
+    ResourceType,
+)
 from psycopg import sql
 from refold import events, names
 from refold.eventstore import catalog, roles
@@ -89,12 +98,16 @@ class World:
     """A store with streams and topics, and the relays on it."""
 
     def __init__(self, dsn: str, relay_dsn: str, kafka: Kafka, folder: Path, admin: psycopg.AsyncConnection) -> None:
-        self.dsn, self.relay_dsn, self.kafka, self.folder = dsn, relay_dsn, kafka, folder
+        self.dsn, self.relay_dsn, self.folder = dsn, relay_dsn, folder
         self.admin = admin
-        self.kafka_admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
+        self.use(kafka)
         self.namespace = f"relay{next(_namespaces)}"
         self.relays: list[RelayProcess] = []
         self.numbers = itertools.count()
+
+    def use(self, kafka: Kafka) -> None:
+        self.kafka = kafka
+        self.kafka_admin = AdminClient({"bootstrap.servers": kafka.bootstrap, "log_level": 2})
 
     def relay(self, **environment: str) -> RelayProcess:
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -340,7 +353,9 @@ async def test_a_relay_that_was_stopped_past_its_lock_is_fenced_when_it_goes_on(
 async def test_it_outlives_restarts_of_kafka_and_postgresql(world: World, kafka: Kafka, postgres: Postgres) -> None:
     stream = await world.stream("outage")
     relay = world.relay()
+    ready(relay)
     world.append(stream, 5000, size=300)
+    await asyncio.sleep(0.1)
     kafka.kill()
     world.append(stream, 5000, size=300)
     kafka.start()
@@ -461,3 +476,62 @@ async def test_another_number_of_shards_than_the_store_has_is_refused(world: Wor
     other = world.relay(REFOLD_RELAY_SHARDS="3")
     until(lambda: "REFOLD_RELAY_SHARDS is 3" in other.log.read_text(), "the log says what is wrong")
     assert other.get("/readyz")[0] == 503
+
+
+async def test_a_topic_that_may_not_be_written_to_holds_up_its_own_stream_only(world: World) -> None:
+    broker = Kafka(
+        settings={
+            "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+            "allow.everyone.if.no.acl.found": "true",
+        }
+    )
+    broker.start()
+    try:
+        world.use(broker)
+        good, other, bad = [await world.stream(name) for name in ("good", "other", "forbidden")]
+        for stream in (good, other, bad):
+            world.append(stream, 100)
+
+        def forbid() -> None:
+            rules = [
+                AclBinding(
+                    ResourceType.TOPIC, bad.topic, ResourcePatternType.LITERAL, "User:ANONYMOUS", "*", operation,
+                    permission,
+                )
+                for operation, permission in [
+                    (AclOperation.WRITE, AclPermissionType.DENY),
+                    (AclOperation.READ, AclPermissionType.ALLOW),
+                ]
+            ]  # fmt: skip
+            for made in world.kafka_admin.create_acls(rules).values():
+                made.result(10)
+
+        def allow() -> None:
+            rule = AclBindingFilter(
+                ResourceType.TOPIC, bad.topic, ResourcePatternType.LITERAL, None, None, AclOperation.ANY,
+                AclPermissionType.ANY,
+            )  # fmt: skip
+            for deleted in world.kafka_admin.delete_acls([rule]).values():
+                deleted.result(10)
+
+        forbid()
+        relay = world.relay()
+        refused = f'refold_relay_refused{{reason="TopicForbidden",stream="{world.namespace}/forbidden"}}'
+        until(lambda: relay.metric(refused) == 1, "the refusal is shown")
+        world.append(good, 100)
+        world.verify(good, other)
+        assert world.messages(bad.topic) == []
+        allow()
+        world.verify(bad)
+
+        # now the relay learns it in the middle of a transaction, together with another stream of the shard
+        forbid()
+        for stream in (bad, good, other):
+            world.append(stream, 100)
+        world.verify(good, other)
+        until(lambda: relay.metric(refused) == 1, "the refusal is shown again")
+        assert len(world.messages(bad.topic)) == 100
+        allow()
+        world.verify(bad)
+    finally:
+        broker.remove()

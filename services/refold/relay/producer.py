@@ -8,6 +8,7 @@ producer.
 import logging
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
@@ -38,24 +39,39 @@ _OF_TIME = frozenset({KafkaError._MSG_TIMED_OUT, KafkaError._TIMED_OUT})
 _PURGED = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
 
 
-class LostError(Exception):
-    """The producer can't go on. Whether its last transaction was committed, the checkpoints tell."""
-
-
 class AbortedError(Exception):
     """The transaction was aborted, nothing of it stands.
 
     Attributes:
         guilty: what Kafka said of topics; empty where it isn't known which one is the reason.
+        answer: what Kafka said of the transaction.
         changed: topics that are no longer those that the transaction was meant for.
     """
 
     def __init__(
-        self, message: str, *, guilty: dict[str, KafkaError] | None = None, changed: Iterable[str] = ()
+        self,
+        message: str,
+        *,
+        guilty: dict[str, KafkaError] | None = None,
+        answer: KafkaError | None = None,
+        changed: Iterable[str] = (),
     ) -> None:
         super().__init__(message)
         self.guilty = guilty or {}
+        self.answer = answer
         self.changed = frozenset(changed)
+
+
+class LostError(Exception):
+    """The producer can't go on. Whether its last transaction was committed, the checkpoints tell.
+
+    Attributes:
+        aborted: what is known of the topics that were the reason, if they were.
+    """
+
+    def __init__(self, message: str, *, aborted: AbortedError | None = None) -> None:
+        super().__init__(message)
+        self.aborted = aborted
 
 
 def reason(error: KafkaError) -> str:
@@ -201,7 +217,8 @@ class TransactionalProducer:
                 self._producer.abort_transaction(3)
             except KafkaException:
                 self._producer.purge()  # fenced or out of reach: the successor's init_transactions ends it
-        self._producer.close()
+        with suppress(KafkaException):
+            self._producer.close()
 
     def _on_failure(self, error: KafkaError | None, message: Message) -> None:
         topic = message.topic()
@@ -221,16 +238,24 @@ class TransactionalProducer:
         """Abort after a failure and raise what is known of its reason."""
         if error.fatal():
             raise LostError(f"Kafka fenced or refused the producer: {error}")
-        self._abort()
+        lost = None
+        try:
+            self._abort()
+        except LostError as error_of_abort:
+            # Kafka knows nothing of a transaction that a topic refused to enter, so that aborting it is fatal
+            lost = error_of_abort
         reached = self._control not in self._undelivered
         guilty = {
             topic: found
             for topic, found in self._failed.items()
             if topic != self._control and (found.code() in _OF_TOPIC or (reached and found.code() in _OF_TIME))
         }
+        aborted = None
         if guilty or error.code() in _OF_TOPIC:
-            raise AbortedError(f"Kafka refused records: {error}", guilty=guilty)
-        raise LostError(f"Kafka refused the transaction: {error}")
+            aborted = AbortedError(f"Kafka refused records: {error}", guilty=guilty, answer=error)
+        if aborted is None or lost is not None:
+            raise LostError(f"Kafka refused the transaction: {error}", aborted=aborted) from lost
+        raise aborted
 
     def _abort(self) -> None:
         deadline = time.monotonic() + _ABORT_SECONDS

@@ -1,7 +1,7 @@
 """Where a shard stands with each of its streams, and what follows from it. No I/O."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from refold.relay.checkpoint import Checkpoint, Checkpoints
 from refold.relay.source import Heads, Stream, Want
@@ -66,6 +66,10 @@ class Progress:
         """Whether the stream is kept apart from the others' transactions."""
         return self.refusal is not None or self.batch < FULL_BATCH
 
+    def dropped(self) -> "Progress":
+        """Return what may be kept when the shard is lost: how the stream is treated, nothing of where it stands."""
+        return replace(self, topic=None, positions=[])
+
     def due(self, now: float) -> bool:
         """Whether its topic is to be looked up before it goes on."""
         return now >= self.retry_at if self.refusal else self.topic is None
@@ -99,6 +103,8 @@ def place(stream: Stream, topic: Topic, checkpoints: Checkpoints) -> list[int] |
     A checkpoint of another topic id speaks of a topic that is gone: the new one is filled from position 1. Partitions
     that were added to the topic are left empty.
     """
+    if not topic.writable:
+        return Refusal("TopicForbidden", f"topic {stream.topic}: Kafka doesn't let the relay write to it")
     if topic.partitions < stream.partitions:
         return Refusal(
             "TooFewPartitions",

@@ -24,6 +24,7 @@ from refold.relay import backoff, checkpoint, metrics, source
 from refold.relay.checkpoint import CheckpointTopic, CheckpointTopicError
 from refold.relay.lock import Locks
 from refold.relay.producer import LostError, TransactionalProducer
+from refold.relay.progress import Progress
 from refold.relay.pulse import Pulse
 from refold.relay.tenure import Tenure
 from refold.relay.topics import Topics
@@ -55,6 +56,7 @@ class Shard(threading.Thread):
         self._target, self._locks, self._mailbox, self._pulse = target, locks, mailbox, pulse
         self._stop_asked = threading.Event()
         self._view: View | None = None
+        self._former: list[Progress] = []
         self._log = structlog.get_logger(__name__).bind(shard=number)
 
     def stop(self) -> None:
@@ -122,6 +124,7 @@ class Shard(threading.Thread):
                         checkpoints=found,
                         checkpoint_topic=topic,
                         topics=target.topics,
+                        former=self._former,
                     )
                 )
         finally:
@@ -145,6 +148,7 @@ class Shard(threading.Thread):
                 self.running = True
         finally:
             tenure.close()
+            self._former = tenure.streams
 
     def _check(self) -> None:
         """Show that the thread goes on; give up where the lock was lost."""

@@ -19,7 +19,7 @@ from confluent_kafka import KafkaError
 from refold.events import Event, headers
 from refold.relay import backoff, checkpoint, metrics, progress, source
 from refold.relay.checkpoint import Checkpoint, Checkpoints
-from refold.relay.producer import AbortedError, TransactionalProducer, reason
+from refold.relay.producer import AbortedError, LostError, TransactionalProducer, reason
 from refold.relay.progress import FULL_BATCH, Progress, Refusal
 from refold.relay.source import MAX_PARTITIONS_PER_QUERY, Stream, Want
 from refold.relay.topics import Topic, Topics
@@ -47,6 +47,7 @@ class Tenure:
         checkpoints: all of the shard's.
         checkpoint_topic: where they are written, into the partition `shard`.
         topics: asks Kafka for topics.
+        former: what the tenure before this one knew, of which only the refusals and batches count.
     """
 
     def __init__(
@@ -58,10 +59,14 @@ class Tenure:
         checkpoints: Checkpoints,
         checkpoint_topic: str,
         topics: Topics,
+        former: Iterable[Progress] = (),
     ) -> None:
         self._shard, self._producer, self._connection, self._topics = shard, producer, connection, topics
         self._checkpoints, self._checkpoint_topic = checkpoints, checkpoint_topic
-        self._streams: dict[int, Progress] = {}
+        self._streams = {known.stream.number: known.dropped() for known in former}
+        for known in self._streams.values():
+            if known.refusal is not None:
+                metrics.REFUSED.labels(known.stream.label, known.refusal.reason).set(1)
         self._next_lookup = 0.0
         self._turn = 0
         self._reader = ThreadPoolExecutor(1, thread_name_prefix=f"shard-{shard}-reader")
@@ -123,7 +128,11 @@ class Tenure:
         self._reader.shutdown(cancel_futures=True)
         for known in self._streams.values():
             self._forget(known)
-        self._streams.clear()
+
+    @property
+    def streams(self) -> list[Progress]:
+        """What is known of the streams, for the next tenure."""
+        return list(self._streams.values())
 
     def _look_up(self, now: float) -> None:
         """Learn the topics of new streams and of those that are due to be tried again; now and then of all."""
@@ -131,7 +140,7 @@ class Tenure:
         if everything:
             self._next_lookup = now + _LOOKUP_SECONDS
         asked = [known for known in self._streams.values() if known.due(now) or (everything and known.refusal is None)]
-        found = self._topics.describe(known.stream.topic for known in asked)
+        found = self._topics.describe((known.stream.topic for known in asked), rights=True)
         for known in asked:
             topic = found[known.stream.topic]
             if isinstance(topic, KafkaError):
@@ -184,6 +193,10 @@ class Tenure:
             except AbortedError as error:
                 self._aborted(batches, error)
                 return
+            except LostError as error:
+                if error.aborted is not None:
+                    self._aborted(batches, error.aborted)
+                raise
         self._checkpoints.update(reached)
         for known, want, events in batches:
             known.positions[want.partition] = events[-1].position
@@ -290,7 +303,7 @@ class Tenure:
             if known.batch > 1 or len(batches) > 1:
                 known.batch = 1  # alone and one event at a time: then it is known
                 continue
-            answer = error.guilty.get(known.stream.topic)
+            answer = error.guilty.get(known.stream.topic, error.answer)
             _, want, events = batches[0]
             message = (
                 f"topic {known.stream.topic} refuses the event at position {events[0].position} of partition "

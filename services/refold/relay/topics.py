@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType
+from confluent_kafka.admin import AclOperation, AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType
 
 _SECONDS = 5.0
 _MADE_SECONDS = 10.0
@@ -17,6 +17,8 @@ class Topic:
 
     id: str
     partitions: int
+    #: Whether Kafka lets us write to it, where that was asked for.
+    writable: bool = True
 
 
 class Topics:
@@ -30,16 +32,23 @@ class Topics:
         # what goes wrong comes back as an exception; librdkafka's own words go to stderr as plain text
         self._admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 2})
 
-    def describe(self, names: Iterable[str]) -> dict[str, Topic | KafkaError]:
-        """Return each named topic, or what Kafka says of it alone (missing, unauthorised), in one request."""
+    def describe(self, names: Iterable[str], *, rights: bool = False) -> dict[str, Topic | KafkaError]:
+        """Return each named topic, or what Kafka says of it alone (missing, unauthorised), in one request.
+
+        With `rights` it is also asked whether we may write.
+        """
         asked = sorted(set(names))
         result: dict[str, Topic | KafkaError] = {}
         if not asked:
             return result
-        for name, future in self._admin.describe_topics(TopicCollection(asked), request_timeout=_SECONDS).items():
+        futures = self._admin.describe_topics(
+            TopicCollection(asked), include_authorized_operations=rights, request_timeout=_SECONDS
+        )
+        for name, future in futures.items():
             try:
                 found = future.result()
-                result[name] = Topic(str(found.topic_id), len(found.partitions))
+                writable = not rights or AclOperation.WRITE in (found.authorized_operations or ())
+                result[name] = Topic(str(found.topic_id), len(found.partitions), writable)
             except KafkaException as error:
                 answer: KafkaError = error.args[0]
                 if answer.code() not in (
