@@ -124,7 +124,7 @@ class Fleet:
         self.platform = platform
         self.stores = [platform.eventstore() for _ in range(2)]
         self.relays = [platform.relay() for _ in range(2)]
-        session = {"REFOLD_SESSION_TIMEOUT_MS": "6000"}
+        session = {"REFOLD_SESSION_SECONDS": "6"}
         self.projectors = [
             platform.projector("shop", name, version, **session) for name, version in versions.items() for _ in range(2)
         ]
