@@ -111,7 +111,14 @@ class Connections:
                 self._idle.append((conn, born))
             else:
                 self._open -= 1
-                await conn.close()
+                stale = [conn]
+                if conn.broken:
+                    # What broke this one broke most likely all: the next caller gets a new one.
+                    stale += [other for other, _ in self._idle]
+                    self._open -= len(self._idle)
+                    self._idle.clear()
+                for one in stale:
+                    await one.close()
             self._wake()
 
     def _wake(self) -> None:

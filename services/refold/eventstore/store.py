@@ -12,12 +12,12 @@ import contextlib
 import datetime as dt
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, NamedTuple, Self, TypeVar
 
 import psycopg
 import structlog
-from psycopg import sql
+from psycopg import AsyncConnection, sql
 from psycopg.rows import args_row
 from psycopg.types.numeric import Int4, Int8
 
@@ -38,6 +38,7 @@ from refold.eventstore.errors import (
 )
 
 log = structlog.get_logger(__name__)
+_T = TypeVar("_T")
 
 #: Appends and bytes that may wait in one process; beyond, appends are refused at once.
 MAX_WAITING = 10_000
@@ -369,8 +370,7 @@ class EventStore:
             NotInstalledError: it holds none.
             UnavailableError: it doesn't answer.
         """
-        async with self._reaching(), asyncio.timeout(3), self._control.lend() as conn:
-            await catalog.store_id(conn)
+        await self.ask(self._control, catalog.store_id, seconds=3)
 
     async def _lane(self, namespace: str, name: str) -> "_Lane":
         lane = self._lanes.get((namespace, name))
@@ -392,12 +392,12 @@ class EventStore:
         """Read the catalog; remember when, and what came of it, since every unknown name asks for it."""
         self._refreshed = time.monotonic()
         try:
-            async with self._reaching(), asyncio.timeout(10), self._control.lend() as conn:
-                streams = {(s.namespace, s.name): s for s in await catalog.list_streams(conn) if s.state == "active"}
+            found = await self.ask(self._control, catalog.list_streams, seconds=10)
             self._refused = None
         except EventStoreError as error:
             self._refused = str(error)
             raise
+        streams = {(stream.namespace, stream.name): stream for stream in found if stream.state == "active"}
         for key in self._lanes.keys() - streams.keys():
             del self._lanes[key]  # appends that wait in the lane are still answered by it
         for key, stream in streams.items():
@@ -446,14 +446,25 @@ class EventStore:
                 [names.APPENDED_CHANNEL, streams if len(streams) <= 100 else [""]],
             )
 
-    @contextlib.asynccontextmanager
-    async def _reaching(self) -> AsyncIterator[None]:
-        """Turn what PostgreSQL's absence raises into an UnavailableError."""
+    async def ask(
+        self, connections: Connections, read: Callable[[AsyncConnection[Any]], Awaitable[_T]], *, seconds: float
+    ) -> _T:
+        """Return what `read` reads, asked once more where a connection had broken while it was idle.
+
+        Raises:
+            UnavailableError: PostgreSQL can't be reached, or doesn't answer in `seconds`.
+        """
         try:
-            yield
+            async with asyncio.timeout(seconds):
+                try:
+                    async with connections.lend() as conn:
+                        return await read(conn)
+                except psycopg.OperationalError:
+                    async with connections.lend() as conn:
+                        return await read(conn)
         except (psycopg.OperationalError, TimeoutError, OSError) as error:
             raise UnavailableError(
-                f"the event store's PostgreSQL can't be asked: {error or 'no answer in time'}"
+                f"the event store's PostgreSQL can't be asked: {str(error) or f'no answer in {seconds:g} s'}"
             ) from error
 
 
@@ -494,11 +505,14 @@ class _Lane:
 
     async def read(self, query: str, arguments: Sequence[Any]) -> list[Event]:
         """Return one page, read in a transaction of its own."""
+
+        async def fetch(conn: AsyncConnection[Any]) -> list[Event]:
+            cursor = conn.cursor(binary=True, row_factory=args_row(Event))
+            await cursor.execute(query.encode(), arguments, prepare=True)
+            return await cursor.fetchall()
+
         try:
-            async with self._store._reaching(), self._store._read.lend() as conn:
-                cursor = conn.cursor(binary=True, row_factory=args_row(Event))
-                await cursor.execute(query.encode(), arguments, prepare=True)
-                return await cursor.fetchall()
+            return await self._store.ask(self._store._read, fetch, seconds=30)
         except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName) as error:
             raise self._gone() from error
 
@@ -574,8 +588,10 @@ class _Lane:
                     ),
                 )
                 group = [waiting for waiting in group if waiting.since >= late]
-                least, most = _BACK_OFF
-                await asyncio.sleep(min(most, least * 2**attempt) * random.uniform(0.5, 1))  # noqa: S311 (spreads load)
+                if attempt:  # not before the first: a connection that broke while it was idle is no reason to wait
+                    least, most = _BACK_OFF
+                    pause = min(most, least * 2**attempt) * random.uniform(0.5, 1)  # noqa: S311 (spreads load)
+                    await asyncio.sleep(pause)
                 attempt += 1
             else:
                 self._answer(group, rows)
