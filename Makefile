@@ -61,9 +61,12 @@ attack: venv servers ## Attack each invariant at length (about 15 minutes); the 
 
 ## --- on a kind cluster ---
 
-.PHONY: up
-up: venv ## A kind cluster with Refold installed (context kind-refold); leaves it running
+.PHONY: cluster
+cluster: ## A kind cluster (context kind-refold), without Refold
 	@hack/kind/up.sh
+
+.PHONY: up
+up: venv cluster ## A kind cluster with Refold installed; leaves it running
 	@hack/kind/install.sh
 
 .PHONY: demo
@@ -81,4 +84,4 @@ down: ## Delete the kind cluster
 ## --- all ---
 
 .PHONY: test
-test: lint unit integration attack-briefly e2e ## Everything that CI runs
+test: lint unit cluster integration attack-briefly e2e ## Everything that CI runs, from an empty machine
