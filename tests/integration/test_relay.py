@@ -526,7 +526,8 @@ async def test_a_topic_that_may_not_be_written_to_holds_up_its_own_stream_only(w
 
         # now the relay learns it in the middle of a transaction, together with another stream of the shard
         forbid()
-        for stream in (bad, good, other):
+        world.append(bad, 20000)  # so many that it is told while they are being sent
+        for stream in (good, other):
             world.append(stream, 100)
         world.verify(good, other)
         until(lambda: relay.metric(refused) == 1, "the refusal is shown again")
@@ -535,3 +536,21 @@ async def test_a_topic_that_may_not_be_written_to_holds_up_its_own_stream_only(w
         world.verify(bad)
     finally:
         broker.remove()
+
+
+async def test_it_waits_for_a_store_that_is_not_installed_yet(
+    database: str, postgres: Postgres, kafka: Kafka, tmp_path: Path
+) -> None:
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as admin:
+        world = World(database, database, kafka, tmp_path, admin)
+        relay = world.relay()
+        try:
+            until(lambda: relay.get("/readyz")[0] == 503, "the relay isn't ready")
+            assert "isn't installed" in relay.get("/readyz")[1]
+            assert relay.get("/healthz")[0] == 200
+            await catalog.install_store(admin)
+            stream = await world.stream("early")
+            world.append(stream, 10)
+            world.verify(stream)
+        finally:
+            relay.kill()

@@ -80,16 +80,18 @@ class CheckpointTopic:
         """Return the topic's name when it exists and is as it must be.
 
         Raises:
-            CheckpointTopicError: it has another number of partitions or isn't compacted.
+            CheckpointTopicError: it has another number of partitions, isn't compacted or may not be written to.
             KafkaException: Kafka can't be reached or refuses.
         """
         with self._lock:
-            found = self._topics.describe([self._name])[self._name]
+            found = self._topics.describe([self._name], rights=True)[self._name]
             if isinstance(found, KafkaError) and found.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
                 self._topics.create(self._name, partitions=self._shards, replicas=self._replicas, config=_CONFIG)
-                found = self._topics.describe([self._name])[self._name]
+                found = self._topics.describe([self._name], rights=True)[self._name]
             if isinstance(found, KafkaError):
                 raise KafkaException(found)
+            if not found.writable:
+                raise CheckpointTopicError(f"Kafka doesn't let the relay write to the checkpoint topic {self._name}")
             if found.partitions != self._shards:
                 raise CheckpointTopicError(
                     f"the checkpoint topic {self._name} has {found.partitions} partitions, but REFOLD_RELAY_SHARDS is "

@@ -172,7 +172,7 @@ class TransactionalProducer:
             except KafkaException as error:
                 if error.args[0].code() in _OF_TOPIC:
                     self._failed.setdefault(topic, error.args[0])
-                self._give_up(error.args[0])
+                self._give_up(self._cause(error.args[0]))
             else:
                 return
 
@@ -234,6 +234,17 @@ class TransactionalProducer:
             self._abort()
             raise AbortedError(f"topics were deleted or created again: {', '.join(topics)}", changed=topics)
 
+    def _cause(self, error: KafkaError) -> KafkaError:
+        """Return why no more records are taken, where `error` only says that the transaction has failed already."""
+        if error.code() != KafkaError._STATE:
+            return error
+        try:
+            self._producer.commit_transaction(_SLICE_SECONDS)  # refused with the cause
+        except KafkaException as refused:
+            cause: KafkaError = refused.args[0]
+            return cause
+        raise LostError(f"librdkafka refused a record and committed nevertheless: {error}")
+
     def _give_up(self, error: KafkaError) -> None:
         """Abort after a failure and raise what is known of its reason."""
         if error.fatal():
@@ -251,7 +262,9 @@ class TransactionalProducer:
             if topic != self._control and (found.code() in _OF_TOPIC or (reached and found.code() in _OF_TIME))
         }
         aborted = None
-        if guilty or error.code() in _OF_TOPIC:
+        if self._control in self._failed:
+            pass  # without checkpoints nothing goes
+        elif guilty or error.code() in _OF_TOPIC:
             aborted = AbortedError(f"Kafka refused records: {error}", guilty=guilty, answer=error)
         if aborted is None or lost is not None:
             raise LostError(f"Kafka refused the transaction: {error}", aborted=aborted) from lost

@@ -119,7 +119,7 @@ class Tenure:
                 self._relay([known], known.batch)
         self._producer.poll()
         now = time.monotonic()
-        if any(known.waiting and known.ready(now) for known in self._streams.values()):
+        if any(known.due(now) or (known.waiting and known.ready(now)) for known in self._streams.values()):
             return 0.0
         return _IDLE_SECONDS
 
@@ -319,9 +319,12 @@ class Tenure:
             for partition in known.behind
             if known.topic is not None
         }
-        self._producer.begin()
-        self._send_checkpoints(gone)
-        self._producer.commit(lambda: ())
+        try:
+            self._producer.begin()
+            self._send_checkpoints(gone)
+            self._producer.commit(lambda: ())
+        except AbortedError as error:
+            raise LostError(f"noting that {stream.label} is behind its topic: {error}") from error
         self._checkpoints.update(gone)
         (_, partition), found = next(iter(gone.items()))
         self._refuse(known, progress.behind(stream, partition, found.position), placed=False)
