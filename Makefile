@@ -59,6 +59,10 @@ attack: venv servers ## Attack each invariant at length (about 15 minutes); the 
 	@mkdir -p docs/attack
 	REFOLD_DISTURBANCES=100 $(PYTEST) -v tests/attack 2>&1 | tee docs/attack/$$(date -u +%Y-%m-%d).log
 
+.PHONY: bench
+bench: venv servers ## Measure beside the machine's limits (WORKLOAD=append-32 ARGS='--runs 3'; default: all)
+	@$(PYTHON) -m bench $(WORKLOAD) $(ARGS)
+
 ## --- on a kind cluster ---
 
 .PHONY: cluster

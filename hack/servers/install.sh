@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# Installs what hack/servers runs (PostgreSQL, a JDK, Maven), where it is missing: Debian or Ubuntu as root; elsewhere it
-# says what to install.
+# Installs what hack/servers runs (PostgreSQL, a JDK, Maven) and what bench loads it with (pgbench, wrk), where it is
+# missing: Debian or Ubuntu as root; elsewhere it says what to install.
 set -euo pipefail
 
 missing=()
 [ -n "$(command -v initdb || ls /usr/lib/postgresql/*/bin/initdb 2>/dev/null)" ] || missing+=(postgresql)
 command -v java >/dev/null || missing+=(default-jdk-headless)
 command -v mvn >/dev/null || missing+=(maven)
+command -v pgbench >/dev/null || missing+=(postgresql)
+command -v wrk >/dev/null || missing+=(wrk)
 [ ${#missing[@]} -eq 0 ] && exit 0
 
 if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
-  echo "the integration tests need these programs, install them first: ${missing[*]}" >&2
+  echo "tests and benchmarks need these programs, install them first: ${missing[*]}" >&2
   exit 1
 fi
 echo "installing ${missing[*]} from the distribution's packages (1 min once)"

@@ -9,7 +9,7 @@ import secrets
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import psycopg
@@ -21,53 +21,77 @@ from refold.eventstore import catalog, roles
 from refold.projection import definition as definitions
 from refold.projection.readstore import postgres as readstore
 
-from hack.servers.kafka import Kafka
-from hack.servers.postgres import Postgres
 from hack.servers.process import Process, free_port
 
 TOKEN = "local"  # of a throw-away installation on 127.0.0.1
 STORE, READ = "refold_store", "refold_read"
 
 
-class Platform:
-    """An installation on two servers that run already. The processes are the caller's to start."""
+class Database(Protocol):
+    """A PostgreSQL server; `dsn` returns a superuser's DSN of one of its databases."""
 
-    def __init__(self, postgres: Postgres, kafka: Kafka) -> None:
-        """Make both databases, the roles of the services, and a folder for logs."""
+    def dsn(self, database: str = "postgres") -> str: ...  # noqa: D102
+
+
+class Broker(Protocol):
+    """A Kafka cluster; `bootstrap` is `host:port`."""
+
+    @property
+    def bootstrap(self) -> str: ...  # noqa: D102
+
+
+class Platform:
+    """An installation on servers that run already. The processes are the caller's to start."""
+
+    def __init__(
+        self, postgres: Database, kafka: Broker, *, read: Database | None = None, store_database: str = STORE,
+        read_database: str = READ,
+    ) -> None:  # fmt: skip
+        """Make both databases, the roles of the services, and a folder for logs.
+
+        Args:
+            postgres: where the event store goes.
+            kafka: where the topics go.
+            read: where the read models go, by default `postgres`.
+            store_database: the event store's database, which must not exist; roles carry its name.
+            read_database: the read models' database, which must not exist either.
+        """
         self.postgres, self.kafka = postgres, kafka
+        self._store, self._read = store_database, read_database
+        self._servers = {store_database: postgres, read_database: read or postgres}
         self.logs = Path(tempfile.mkdtemp(prefix="refold-logs-"))
         self._password = secrets.token_hex(16)
-        with psycopg.connect(postgres.dsn(), autocommit=True) as conn:
-            conn.execute(f"create role refold_admin login createrole password '{self._password}'")
-            for database in (STORE, READ):
-                conn.execute(f"create database {database} owner refold_admin")
+        self._admins = {database: f"{database}_admin" for database in self._servers}
+        for database, server in self._servers.items():
+            with psycopg.connect(server.dsn(), autocommit=True) as conn:
+                admin = self._admins[database]
+                conn.execute(f"create role {admin} login createrole password '{self._password}'")
+                conn.execute(f"create database {database} owner {admin}")
         self.store_id = asyncio.run(self._install())
 
     async def _install(self) -> str:
-        async with await self._admin(STORE) as conn:
+        async with await self._admin(self._store) as conn:
             store_id = await catalog.install_store(conn)
             for part in ("eventstore", "relay"):
-                await roles.ensure_login(conn, names.store_role(STORE, part), self._password)
-        async with await self._admin(READ) as conn:
+                await roles.ensure_login(conn, names.store_role(self._store, part), self._password)
+        async with await self._admin(self._read) as conn:
             await readstore.install(conn)
         return store_id
 
     async def _admin(self, database: str) -> psycopg.AsyncConnection[Any]:
-        return await psycopg.AsyncConnection.connect(self._dsn(database, "refold_admin"), autocommit=True)
+        return await psycopg.AsyncConnection.connect(self._dsn(database, self._admins[database]), autocommit=True)
 
     def _dsn(self, database: str, role: str) -> str:
         # key=value form: a role's name may hold any character
-        return make_conninfo(
-            host="127.0.0.1", port=self.postgres.port, dbname=database, user=role, password=self._password
-        )
+        return make_conninfo(self._servers[database].dsn(database), user=role, password=self._password)
 
     def store_dsn(self, part: str = "eventstore") -> str:
         """Return the DSN of a service's role in the event store's database."""
-        return self._dsn(STORE, names.store_role(STORE, part))
+        return self._dsn(self._store, names.store_role(self._store, part))
 
     def read_dsn(self) -> str:
         """Return the administrator's DSN of the read models' database."""
-        return self._dsn(READ, "refold_admin")
+        return self._dsn(self._read, self._admins[self._read])
 
     def stream(self, namespace: str, name: str, *, partitions: int) -> catalog.Stream:
         """Make a stream and its topic, as the operator does, and activate it."""
@@ -76,7 +100,7 @@ class Platform:
     async def _stream(self, namespace: str, name: str, partitions: int) -> catalog.Stream:
         admin = AdminClient({"bootstrap.servers": self.kafka.bootstrap})
         topic = names.topic(namespace, name)
-        async with await self._admin(STORE) as conn:
+        async with await self._admin(self._store) as conn:
             stream = await catalog.claim_stream(
                 conn, namespace=namespace, name=name, uid=f"{namespace}/{name}", partitions=partitions, topic=topic,
                 kafka_cluster="local",
@@ -101,17 +125,19 @@ class Platform:
         ]  # fmt: skip
         version = definitions.version_of(definition, refs)
         stored = definitions.VersionDefinition(definition=definition, streams=refs)
-        async with await self._admin(READ) as conn:
+        async with await self._admin(self._read) as conn:
             await readstore.claim_projection(conn, namespace=namespace, name=name, uid=f"{namespace}/{name}")
             await readstore.ensure_version(conn, namespace=namespace, name=name, version=version, definition=stored)
             await readstore.ensure_logins(
                 conn, namespace=namespace, name=name,
                 projector_password=self._password, query_password=self._password,
             )  # fmt: skip
-        async with await self._admin(STORE) as conn:
+        async with await self._admin(self._store) as conn:
             readers = [catalog.reader_role(conn, stream) for stream in streams]
-            role = names.resource_role(STORE, names.read_schema(namespace, name), "projector")
-            await roles.ensure_login(conn, role, self._password, member_of=[*readers, names.store_role(STORE, "heads")])
+            role = names.resource_role(self._store, names.read_schema(namespace, name), "projector")
+            await roles.ensure_login(
+                conn, role, self._password, member_of=[*readers, names.store_role(self._store, "heads")]
+            )
         return version
 
     def eventstore(self) -> "Service":
@@ -130,8 +156,8 @@ class Platform:
         schema = names.read_schema(namespace, name)
         return Service(
             self, "projector", REFOLD_PROJECTION=f"{namespace}/{name}", REFOLD_VERSION=version,
-            REFOLD_STORE_DSN=self._dsn(STORE, names.resource_role(STORE, schema, "projector")),
-            REFOLD_READSTORE_DSN=self._dsn(READ, readstore.logins(READ, schema)[0]),
+            REFOLD_STORE_DSN=self._dsn(self._store, names.resource_role(self._store, schema, "projector")),
+            REFOLD_READSTORE_DSN=self._dsn(self._read, readstore.logins(self._read, schema)[0]),
             REFOLD_KAFKA_BOOTSTRAP=self.kafka.bootstrap, **settings,
         )  # fmt: skip
 
@@ -140,7 +166,7 @@ class Platform:
         schema = names.read_schema(namespace, name)
         return Service(
             self, "query", REFOLD_PROJECTION=f"{namespace}/{name}", REFOLD_TOKEN=TOKEN,
-            REFOLD_READSTORE_DSN=self._dsn(READ, readstore.logins(READ, schema)[1]),
+            REFOLD_READSTORE_DSN=self._dsn(self._read, readstore.logins(self._read, schema)[1]),
         )  # fmt: skip
 
 

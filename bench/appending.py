@@ -1,0 +1,97 @@
+"""What the workloads of appends share: the events as callers hold them, and a check of what stands in history."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+from psycopg import sql
+from refold.eventstore import EventStore, NewEvent
+from refold.eventstore.catalog import Stream
+
+from bench.orders import OrderEvent
+from bench.servers import Servers
+
+
+class Append(NamedTuple):
+    """One append to come; `expected` is the subject's revision before it."""
+
+    subject: str
+    expected: int
+    events: list[NewEvent]
+
+
+def new_event(event: OrderEvent) -> NewEvent:
+    """Return what a caller appends, with a new id."""
+    return NewEvent(id=str(uuid.uuid4()), type=event.type, data=msgspec.Raw(event.data))
+
+
+async def fill(store: EventStore, stream: Stream, events: Sequence[OrderEvent]) -> None:
+    """Append `events` one by one in their order, as many at once as the store's groups take."""
+    known = await store.stream(stream.namespace, stream.name)
+    for start in range(0, len(events), 2000):
+        await asyncio.gather(*(
+            store.submit(known, event.subject, [new_event(event)], expected_revision=event.revision - 1)
+            for event in events[start : start + 2000]
+        ))  # fmt: skip
+
+
+async def _open_and_fill(dsn: str, stream: Stream, events: Sequence[OrderEvent]) -> None:
+    async with await EventStore.open(dsn) as store:
+        await fill(store, stream, events)
+
+
+def filled_stream(servers: Servers, events: Sequence[OrderEvent]) -> Stream:
+    """Make a stream that holds `events`."""
+    stream = servers.stream()
+    asyncio.run(_open_and_fill(servers.platform.store_dsn(), stream, events))
+    check_history(servers, stream, len(events))
+    return stream
+
+
+async def append_all(store: EventStore, stream: Stream, lanes: Sequence[Sequence[Append]]) -> tuple[float, list[float]]:
+    """Append lane by lane at once, in each one after the other; return seconds and each append's ms."""
+    latencies: list[float] = []
+
+    async def work(lane: Sequence[Append]) -> None:
+        for append in lane:
+            start = time.perf_counter()
+            await store.append(
+                stream.namespace, stream.name, append.subject, append.events, expected_revision=append.expected
+            )
+            latencies.append((time.perf_counter() - start) * 1000)
+
+    began = time.perf_counter()
+    await asyncio.gather(*map(work, lanes))
+    return time.perf_counter() - began, latencies
+
+
+def check_history(servers: Servers, stream: Stream, least: int, most: int | None = None) -> int:
+    """Return how many events `stream` holds.
+
+    Raises:
+        RuntimeError: they aren't between `least` and `most` (default: `least`), or positions, revisions or heads don't
+            fit them.
+    """
+    table = sql.Identifier(stream.schema, "events")
+    query = sql.SQL(
+        "select coalesce(sum(n), 0)::bigint, coalesce(bool_and(n = last and n = head), true) from ("
+        "  select count(*) as n, max(position) as last, (select head from refold.heads h where h.stream = {stream} "
+        "  and h.partition = e.partition) as head from {table} e group by partition) p"
+    ).format(stream=sql.Literal(stream.stream), table=table)
+    gaps = sql.SQL(
+        "select count(*) from (select from {table} group by subject having count(*) <> max(revision)) s"
+    ).format(table=table)
+    with servers.events() as conn:
+        found = conn.execute(query).fetchone()
+        wrong = conn.execute(gaps).fetchone()
+    assert found is not None
+    count, whole = int(found[0]), bool(found[1])
+    if not (least <= count <= (least if most is None else most) and whole and wrong == (0,)):
+        raise RuntimeError(
+            f"{stream.schema} holds {count} events where {least} to {most or least} were acknowledged, positions "
+            f"{'fit' if whole else 'do not fit'}, subjects with gaps: {wrong}"
+        )
+    return count

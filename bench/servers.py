@@ -1,0 +1,141 @@
+"""The servers that a workload runs on: given ones, or own ones on 127.0.0.1 (fsync and synchronous_commit on).
+
+On all of them the benchmarks work in databases, roles and topics of their own, which are removed at the end.
+"""
+
+import contextlib
+import functools
+import itertools
+import secrets
+from types import TracebackType
+from typing import Any, Self
+
+import psycopg
+from confluent_kafka.admin import AdminClient, NewTopic
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+from refold.eventstore.catalog import Stream
+
+from hack.servers import Kafka, Postgres
+from hack.servers.platform import Broker, Database, Platform
+
+#: Partitions of the streams, as in the examples.
+PARTITIONS = 6
+
+
+class _GivenPostgres:
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+
+    def dsn(self, database: str = "postgres") -> str:
+        return make_conninfo(self._dsn, dbname=database)
+
+
+class _GivenKafka:
+    def __init__(self, bootstrap: str) -> None:
+        self.bootstrap = bootstrap
+
+
+class Servers:
+    """Servers with a Refold on them; started and installed when a workload first asks for them."""
+
+    def __init__(self, *, store: str | None, kafka: str | None, read_store: str | None) -> None:
+        """Remember the endpoints: superusers' DSNs, and Kafka's `host:port`; None for an own one.
+
+        The read models are in the event store's server unless `read_store` is given.
+        """
+        self._given = store, kafka, read_store
+        self._cleaning = contextlib.ExitStack()
+        self._numbers = itertools.count(1)
+        # a run of the benchmarks meets nothing that an earlier one left on given servers
+        self.name = f"bench{secrets.token_hex(3)}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cleaning.__exit__(kind, error, trace)
+
+    @functools.cached_property
+    def postgres(self) -> Database:
+        """The event store's server, which the limits use too."""
+        if self._given[0]:
+            return _GivenPostgres(self._given[0])
+        server = Postgres()
+        self._cleaning.callback(server.remove)
+        server.start()
+        return server
+
+    @functools.cached_property
+    def _read(self) -> Database:
+        return _GivenPostgres(self._given[2]) if self._given[2] else self.postgres
+
+    @functools.cached_property
+    def kafka(self) -> Broker:
+        """The broker."""
+        if self._given[1]:
+            return _GivenKafka(self._given[1])
+        broker = Kafka()
+        self._cleaning.callback(broker.remove)
+        broker.start()
+        return broker
+
+    @functools.cached_property
+    def limit(self) -> str:
+        """A superuser's DSN of the database that the limits work in."""
+        database = f"{self.name}_limit"
+        with psycopg.connect(self.postgres.dsn(), autocommit=True) as conn:
+            conn.execute(f'create database "{database}"')
+        self._cleaning.callback(_drop, self.postgres, database)
+        return self.postgres.dsn(database)
+
+    @functools.cached_property
+    def platform(self) -> Platform:
+        """A Refold of which no process runs yet."""
+        store, read = f"{self.name}_store", f"{self.name}_read"
+        postgres, kafka = self.postgres, self.kafka
+        self._cleaning.callback(_drop_topics, kafka, self.name)
+        self._cleaning.callback(_drop, postgres, store)
+        self._cleaning.callback(_drop, self._read, read)
+        return Platform(postgres, kafka, read=self._read, store_database=store, read_database=read)
+
+    def stream(self, *, partitions: int = PARTITIONS) -> Stream:
+        """Make a new, empty stream."""
+        return self.platform.stream(self.name, f"orders-{next(self._numbers)}", partitions=partitions)
+
+    def topic(self, *, partitions: int = PARTITIONS) -> str:
+        """Return the name of a new, empty topic that no stream has."""
+        name = f"{self.name}.limit-{next(self._numbers)}"
+        admin = AdminClient({"bootstrap.servers": self.kafka.bootstrap})
+        admin.create_topics([NewTopic(name, partitions, 1)])[name].result(30)
+        return name
+
+    def events(self) -> "psycopg.Connection[Any]":
+        """Return a superuser's connection to the event store's database."""
+        return psycopg.connect(self.postgres.dsn(f"{self.name}_store"), autocommit=True)
+
+    def rows(self) -> "psycopg.Connection[Any]":
+        """Return a superuser's connection to the read models' database."""
+        return psycopg.connect(self._read.dsn(f"{self.name}_read"), autocommit=True)
+
+
+def _drop(server: Database, database: str) -> None:
+    """Drop a database and the roles that carry its name."""
+    with psycopg.connect(server.dsn(), autocommit=True) as conn:
+        conn.execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(database)))
+        found = conn.execute(
+            "select rolname from pg_roles where rolname like %s or rolname = %s",
+            [f"refold\\_{database}%", f"{database}_admin"],
+        ).fetchall()
+        if found:
+            conn.execute(sql.SQL("drop role {}").format(sql.SQL(", ").join(sql.Identifier(row[0]) for row in found)))
+
+
+def _drop_topics(kafka: Broker, prefix: str) -> None:
+    """Delete the topics whose names begin with `prefix`."""
+    admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
+    names = [name for name in admin.list_topics(timeout=30).topics if name.startswith(f"{prefix}.")]
+    for deleted in admin.delete_topics(names).values() if names else ():
+        deleted.result(30)

@@ -1,0 +1,23 @@
+"""All workloads, by name, in the order in which `python -m bench` runs them."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from bench.orders import OrderEvent
+from bench.result import Comparison
+from bench.servers import Servers
+from bench.workloads import append_library
+
+
+class Workload(NamedTuple):
+    """`compare` prepares the comparison for the given events; `events` is how many it gets unless told otherwise."""
+
+    compare: Callable[[Servers, Sequence[OrderEvent]], Comparison]
+    events: int
+
+
+WORKLOADS = {
+    "append-32": Workload(append_library.append_32, 50_000),
+    "append-1": Workload(append_library.append_1, 5_000),
+    "append-100x8": Workload(append_library.append_100x8, 100_000),
+}
