@@ -5,7 +5,6 @@ transactions that hold the events, so both are committed or neither. The topic i
 record stays.
 """
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from contextlib import suppress
 import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
+from refold.relay import client
 from refold.relay.topics import Topics
 
 _CONFIG = {
@@ -124,14 +124,13 @@ def load(bootstrap: str, topic: str, shard: int, *, end: int, timeout: float, ch
         return found
     consumer = Consumer(
         {
-            "bootstrap.servers": bootstrap,
+            **client.config(bootstrap),
             "group.id": "refold.relay",  # required, but never joined: the partition is assigned by hand
             "isolation.level": "read_committed",
             "auto.offset.reset": "error",
             "enable.auto.commit": False,
             "enable.partition.eof": True,
             "fetch.wait.max.ms": 50,
-            "logger": logging.getLogger("kafka.relay"),
         }
     )
     try:

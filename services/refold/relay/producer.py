@@ -5,12 +5,13 @@ fatal, or the outcome is unknown), after which the only safe thing is to begin a
 producer.
 """
 
-import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
+
+from refold.relay import client
 
 _COMMIT_SECONDS = 60.0
 _ABORT_SECONDS = 15.0
@@ -96,7 +97,7 @@ class TransactionalProducer:
         self._open = False
         self._producer = Producer(
             {
-                "bootstrap.servers": bootstrap,
+                **client.config(bootstrap),
                 "transactional.id": transactional_id,
                 "acks": "all",
                 "enable.idempotence": True,
@@ -113,7 +114,6 @@ class TransactionalProducer:
                 "message.max.bytes": 128 << 20,
                 "delivery.report.only.error": True,
                 "on_delivery": self._on_failure,
-                "logger": logging.getLogger("kafka.relay"),
             }
         )
 

@@ -30,7 +30,8 @@ class Topics:
     def __init__(self, bootstrap: str) -> None:
         """`bootstrap`: the brokers to ask first."""
         # what goes wrong comes back as an exception; librdkafka's own words go to stderr as plain text
-        self._admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 2})
+        # (its logger would have to be polled for)
+        self._admin = AdminClient({"bootstrap.servers": bootstrap, "reconnect.backoff.max.ms": 1000, "log_level": 2})
 
     def describe(self, names: Iterable[str], *, rights: bool = False) -> dict[str, Topic | KafkaError]:
         """Return each named topic, or what Kafka says of it alone (missing, unauthorised), in one request.
