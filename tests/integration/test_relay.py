@@ -43,7 +43,6 @@ from psycopg import sql
 from refold import events, names
 from refold.eventstore import catalog, roles
 from refold.eventstore.catalog import Stream
-from refold.partitioning import partition_of
 
 from hack.servers import Kafka, Postgres
 
@@ -149,24 +148,30 @@ class World:
         self.kafka_admin.delete_topics([topic])[topic].result(10)
 
     def append(self, stream: Stream, count: int, *, subjects: int = 50, size: int = 20) -> None:
-        """Append `count` events in one transaction and notify, as the event store does."""
-        numbers = list(itertools.islice(self.numbers, count))
-        chosen = [f"subject-{number % subjects}/ü" for number in numbers]
+        """Append `count` events one by one, 1,000 in a transaction, and notify as the event store does."""
         payload = "x" * size
-        with psycopg.connect(self.dsn, autocommit=True) as connection:
-            connection.execute(
-                sql.SQL(
-                    "select {}.append_group(%s::int4, %s::text[], %s::int4[], %s::int8[], %s::int4[], %s::int4[], "
-                    "%s::text[], %s::text[], %s::text[], %s::jsonb[], %s::jsonb[])"
-                ).format(sql.Identifier(stream.schema)),
-                [
-                    stream.stream, chosen, [partition_of(subject, stream.partitions) for subject in chosen],
-                    [-1] * count, [1] * count, list(range(1, count + 1)), chosen, [f"id-{n}" for n in numbers],
-                    ["Counted"] * count, [json.dumps({"number": number, "payload": payload}) for number in numbers],
-                    [json.dumps({"by": "test"}) if number % 2 else None for number in numbers],
+        appends = [
+            {
+                "subject": f"subject-{number % subjects}/ü",
+                "events": [
+                    {
+                        "id": f"id-{number}",
+                        "type": "Counted",
+                        "data": {"number": number, "payload": payload},
+                        "metadata": {"by": "test"} if number % 2 else None,
+                    }
                 ],
-            )  # fmt: skip
+            }
+            for number in itertools.islice(self.numbers, count)
+        ]
+        with psycopg.connect(self.dsn, autocommit=True) as connection:
+            for begin in range(0, count, 1000):
+                self.call_append(connection, stream, appends[begin : begin + 1000])
             connection.execute("select pg_notify(%s, %s)", [names.APPENDED_CHANNEL, str(stream.stream)])
+
+    def call_append(self, connection: psycopg.Connection, stream: Stream, appends: list[dict[str, Any]]) -> None:
+        call = sql.SQL("select outcome from {}.append(%s::jsonb)").format(sql.Identifier(stream.schema))
+        assert {row[0] for row in connection.execute(call, [json.dumps(appends)])} == {"appended"}
 
     def history(self, stream: Stream) -> list[list[tuple[Any, ...]]]:
         """All events of each partition, as `_facts` shows a record."""
@@ -318,7 +323,7 @@ async def test_relays_that_are_killed_at_any_time_lose_and_double_nothing(world:
     for _ in range(6):
         until(owner, "a relay holds shard 0")
         for stream in streams:
-            world.append(stream, 2000, size=300)
+            world.append(stream, 1000, size=300)
         await asyncio.sleep(chance.uniform(0, 0.3))
         victim = owner()
         if victim is not None:
@@ -418,12 +423,8 @@ async def test_a_record_that_its_topic_refuses_holds_up_its_own_stream_only(worl
     world.verify(bad, good)
     world.append(bad, 5)
     with psycopg.connect(world.dsn, autocommit=True) as connection:  # random, so that it isn't compressed
-        large = secrets.token_hex(40000)
-        connection.execute(
-            sql.SQL("select {}.append_group(%s, '{{s}}', '{{0}}', '{{-1}}', '{{1}}', '{{1}}', '{{s}}', '{{large}}',"
-            " '{{T}}', array[to_jsonb(%s::text)], '{{null}}')").format(sql.Identifier(bad.schema)),
-            [bad.stream, large],
-        )  # fmt: skip
+        large = {"id": "large", "type": "T", "data": secrets.token_hex(40000)}
+        world.call_append(connection, bad, [{"subject": "s", "events": [large]}])
     world.append(bad, 5)
     world.append(good, 300)
     refused = f'refold_relay_refused{{reason="RecordTooLarge",stream="{bad.namespace}/bad"}}'
