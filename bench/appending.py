@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 from psycopg import sql
+from refold import names
 from refold.eventstore import EventStore, NewEvent
 from refold.eventstore.catalog import Stream
 
@@ -49,6 +50,35 @@ def filled_stream(servers: Servers, events: Sequence[OrderEvent]) -> Stream:
     asyncio.run(_open_and_fill(servers.platform.store_dsn(), stream, events))
     check_history(servers, stream, len(events))
     return stream
+
+
+def copied_stream(servers: Servers, source: Stream) -> Stream:
+    """Make a stream with the history of `source` of which nobody knows yet: its heads stand at 0 until `reveal`."""
+    stream = servers.stream(partitions=source.partitions)
+    target, origin = sql.Identifier(stream.schema, "events"), sql.Identifier(source.schema, "events")
+    with servers.events() as conn:
+        conn.execute(sql.SQL("insert into {} select * from {} order by partition, position").format(target, origin))
+        conn.execute(sql.SQL("vacuum analyze {}").format(target))
+    return stream
+
+
+def reveal(servers: Servers, stream: Stream) -> None:
+    """Set the heads of a copied stream and tell listeners, as if its events had just been appended."""
+    with servers.events() as conn, conn.transaction():
+        conn.execute(
+            sql.SQL(
+                "update refold.heads h set head = e.head, recorded_at = e.recorded_at from ("
+                "select partition, max(position) as head, max(recorded_at) as recorded_at from {} group by partition"
+                ") e where h.stream = {} and h.partition = e.partition"
+            ).format(sql.Identifier(stream.schema, "events"), sql.Literal(stream.stream))
+        )
+        conn.execute("select pg_notify(%s, %s)", [names.APPENDED_CHANNEL, str(stream.stream)])
+
+
+def retire(servers: Servers, stream: Stream) -> None:
+    """Let nobody relay or fold `stream` any more; its history stays."""
+    with servers.events() as conn:
+        conn.execute("update refold.streams set state = 'claimed' where stream = %s", [stream.stream])
 
 
 async def append_all(store: EventStore, stream: Stream, lanes: Sequence[Sequence[Append]]) -> tuple[float, list[float]]:

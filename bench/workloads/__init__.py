@@ -6,7 +6,7 @@ from typing import NamedTuple
 from bench.orders import OrderEvent
 from bench.result import Comparison
 from bench.servers import Servers
-from bench.workloads import append_library
+from bench.workloads import append_library, relay
 
 
 class Workload(NamedTuple):
@@ -20,4 +20,5 @@ WORKLOADS = {
     "append-32": Workload(append_library.append_32, 50_000),
     "append-1": Workload(append_library.append_1, 5_000),
     "append-100x8": Workload(append_library.append_100x8, 100_000),
+    "relay": Workload(relay.relay, 200_000),
 }

@@ -77,4 +77,5 @@ def _run(servers: Servers, lanes: list[list[Append]]) -> Run:
 
     result = uvloop.run(run())
     check_history(servers, stream, total)
+    servers.platform.drop_stream(stream)
     return result

@@ -110,6 +110,17 @@ class Platform:
             stream = await catalog.record_topic(conn, stream, str(described.topic_id))
             return await catalog.activate(conn, stream)
 
+    def drop_stream(self, stream: catalog.Stream) -> None:
+        """Drop a stream's history and delete its topic, as the operator does with `deletionPolicy: Delete`."""
+        asyncio.run(self._drop_stream(stream))
+
+    async def _drop_stream(self, stream: catalog.Stream) -> None:
+        assert stream.uid is not None, "only streams of this installation are dropped"
+        async with await self._admin(self._store) as conn:
+            await catalog.drop_stream(conn, namespace=stream.namespace, name=stream.name, uid=stream.uid)
+        admin = AdminClient({"bootstrap.servers": self.kafka.bootstrap})
+        admin.delete_topics([stream.topic])[stream.topic].result(30)
+
     def projection(self, namespace: str, name: str, spec: dict[str, Any], streams: list[catalog.Stream]) -> str:
         """Make a projection's version in the read store and its logins; return the version."""
         return asyncio.run(self._projection(namespace, name, spec, streams))
