@@ -65,6 +65,13 @@ async def everything(installed: Installed) -> list[list[tuple[Any, ...]]]:
     ]
 
 
+def forged_call(stream: str, partition: str) -> str:
+    """Return a call of the service's own function that puts an event into a partition of the caller's choice."""
+    return f"""select * from "shop.orders".append_group({stream}, array[{partition}], false,
+        array['s'], array[{partition}], array[-1], array[1], array[1], array[1], array[0], array[1], array[false],
+        array[1], array['s'], array['forged'], array['T'], array['1']::jsonb[], array[null]::jsonb[])"""
+
+
 ATTACKS = [
     *(
         statement.format(table=table)
@@ -150,7 +157,6 @@ async def test_no_role_that_is_handed_out_can_change_history(installed: Installe
 
 @pytest.mark.parametrize("login", LOGINS)
 async def test_each_role_reads_and_calls_what_it_is_for_and_nothing_else(installed: Installed, login: str) -> None:
-    arrays = "array['s'], array[0], array[-1], array[1], array[1], array['s'], array['forged'], array['T'], array['1']"
     asked = {
         "events of orders": 'select * from "shop.orders".events',
         "events of other": 'select * from "shop.other".events',
@@ -158,7 +164,7 @@ async def test_each_role_reads_and_calls_what_it_is_for_and_nothing_else(install
         "catalog": "select * from refold.streams",
         "append to orders": "select * from \"shop.orders\".append('[]')",
         "append to other": "select * from \"shop.other\".append('[]')",
-        "append with partitions": f'select * from "shop.orders".append_group(0, {arrays}::jsonb[], null)',
+        "append with partitions": forged_call("0", "0"),
         "copy": "copy \"shop.orders\".events to program 'true'",
     }
     allowed = {
@@ -276,11 +282,6 @@ async def test_the_service_is_refused_partitions_and_streams_that_are_not_there(
     for number, partition in ((stream.stream, 3), (stream.stream, -1), (other.stream, 0), (999, 0), (None, 0)):
         async with connected(dsn(installed, "eventstore")) as conn:
             with pytest.raises(psycopg.Error) as caught:
-                await conn.execute(
-                    'select * from "shop.orders".append_group(%s, '
-                    "array['s'], array[%s], array[-1], array[1], array[1], "
-                    "array['s'], array['forged'], array['T'], array['1'::jsonb], array[null]::jsonb[])",
-                    [number, partition],
-                )
+                await conn.execute(forged_call(str(number or "null"), str(partition)).encode())
             assert caught.value.sqlstate in ("RF001", "RF002")
     assert await everything(installed) == before

@@ -16,6 +16,8 @@ _HEADER = struct.Struct("!iiIii")  # dimensions, whether there are nulls, the el
 _LENGTH = struct.Struct("!i")
 _JSONB_VERSION = b"\x01"
 NULL = _LENGTH.pack(-1)
+_TRUE = _LENGTH.pack(1) + b"\x01"
+_FALSE = _LENGTH.pack(1) + b"\x00"
 
 
 class TextArray(bytes):
@@ -28,6 +30,10 @@ class Int4Array(bytes):
 
 class Int8Array(bytes):
     """A bigint[]."""
+
+
+class BoolArray(bytes):
+    """A boolean[]."""
 
 
 class JsonbArray(bytes):
@@ -52,6 +58,13 @@ def text_array(elements: Sequence[bytes]) -> TextArray:
 def jsonb_array(elements: Sequence[bytes]) -> JsonbArray:
     """Return the array of `elements`, each made by `jsonb` or NULL."""
     return JsonbArray(_HEADER.pack(1, 1, 3802, len(elements), 1) + b"".join(elements))
+
+
+def bool_array(values: Sequence[bool]) -> BoolArray:
+    """Return the array of `values`."""
+    return BoolArray(
+        _HEADER.pack(1, 0, 16, len(values), 1) + b"".join([_TRUE if value else _FALSE for value in values])
+    )
 
 
 def int4_array(values: Sequence[int]) -> Int4Array:
@@ -85,6 +98,10 @@ class _Int8ArrayDumper(_AsIs):
     oid = 1016
 
 
+class _BoolArrayDumper(_AsIs):
+    oid = 1000
+
+
 class _JsonbArrayDumper(_AsIs):
     oid = 3807
 
@@ -94,4 +111,5 @@ def register(conn: AsyncConnection[Any]) -> None:
     conn.adapters.register_dumper(TextArray, _TextArrayDumper)
     conn.adapters.register_dumper(Int4Array, _Int4ArrayDumper)
     conn.adapters.register_dumper(Int8Array, _Int8ArrayDumper)
+    conn.adapters.register_dumper(BoolArray, _BoolArrayDumper)
     conn.adapters.register_dumper(JsonbArray, _JsonbArrayDumper)

@@ -212,7 +212,7 @@ async def record_topic(conn: AsyncConnection[Any], stream: Stream, topic_id: str
     Raises:
         ConflictError: the stream isn't claimed by `stream.uid` any more.
     """
-    return await _update(conn, stream, sql.SQL("topic_id = {}").format(sql.Literal(topic_id)))
+    return await _update(conn, stream, "topic_id", topic_id)
 
 
 async def activate(conn: AsyncConnection[Any], stream: Stream) -> Stream:
@@ -221,7 +221,7 @@ async def activate(conn: AsyncConnection[Any], stream: Stream) -> Stream:
     Raises:
         ConflictError: the stream isn't claimed by `stream.uid` any more.
     """
-    return await _update(conn, stream, sql.SQL("state = 'active'"))
+    return await _update(conn, stream, "state", "active")
 
 
 async def release_stream(conn: AsyncConnection[Any], stream: Stream) -> None:
@@ -231,10 +231,12 @@ async def release_stream(conn: AsyncConnection[Any], stream: Stream) -> None:
     """
     async with conn.transaction(), _as_owner(conn, _store_roles(conn)["owner"]):
         await _lock_heads(conn, stream)
-        await conn.execute(
+        cursor = await conn.execute(
             "update refold.streams set state = 'released', uid = null where stream = %s and uid = %s",
             [stream.stream, stream.uid],
         )
+        if cursor.rowcount:
+            await conn.execute("update refold.heads set active = false where stream = %s", [stream.stream])
 
 
 async def drop_stream(conn: AsyncConnection[Any], *, namespace: str, name: str, uid: str) -> bool:
@@ -408,24 +410,28 @@ async def _lock_heads(conn: AsyncConnection[Any], stream: Stream) -> None:
     await conn.execute("select 1 from refold.heads where stream = %s order by partition for update", [stream.stream])
 
 
-async def _update(conn: AsyncConnection[Any], stream: Stream, change: sql.Composable) -> Stream:
-    async with (
-        conn.transaction(),
-        _as_owner(conn, _store_roles(conn)["owner"]),
-        conn.cursor(row_factory=class_row(Stream)) as cursor,
-    ):
-        await cursor.execute(
-            sql.SQL("update refold.streams set {} where stream = {} and uid = {} returning {}").format(
-                change, stream.stream, stream.uid, _COLUMNS
+async def _update(conn: AsyncConnection[Any], stream: Stream, column: str, value: str) -> Stream:
+    """Set one column of a stream that is still claimed by `stream.uid`; write only where it differs."""
+    where = sql.SQL(" where stream = {} and uid = {} for update").format(stream.stream, stream.uid)
+    async with conn.transaction(), _as_owner(conn, _store_roles(conn)["owner"]):
+        if column == "state":
+            await _lock_heads(conn, stream)
+        found = await _select(conn, where)
+        if found and getattr(found[0], column) != value:
+            await conn.execute(
+                sql.SQL("update refold.streams set {} = %s where stream = %s").format(sql.Identifier(column)),
+                [value, stream.stream],
             )
-        )
-        changed = await cursor.fetchone()
-    if changed is None:
+            if column == "state":
+                await conn.execute(
+                    "update refold.heads set active = %s where stream = %s", [value == "active", stream.stream]
+                )
+    if not found:
         raise ConflictError(
             "name",
             f"stream {stream.namespace}/{stream.name} isn't claimed by the resource with uid {stream.uid} any more",
         )
-    return changed
+    return msgspec.structs.replace(found[0], **{column: value})
 
 
 async def _select(conn: AsyncConnection[Any], where: sql.Composable) -> list[Stream]:

@@ -481,13 +481,10 @@ class _Lane:
         self._store = store
         self._waiting: collections.deque[_Waiting] = collections.deque()
         self._append = (
-            sql.SQL(
-                "select outcomes, revisions, positions from {}.append_group("
-                "%b::int, %b::text[], %b::int[], %b::bigint[], %b::int[], "
-                "%b::int[], %b::text[], %b::text[], %b::text[], %b::jsonb[], %b::jsonb[])"
-            )
-            .format(sql.Identifier(stream.schema))
+            sql.SQL("select outcomes, revisions, positions from {}.append_group({})")
+            .format(sql.Identifier(stream.schema), sql.SQL(", ").join([sql.SQL("%b")] * 18))
             .as_string()
+            .encode()
         )
         self.subject_page = _page(stream.schema, sql.SQL("partition = %b and subject = %b and"), "revision")
         self.partition_page = _page(stream.schema, sql.SQL("partition = %b and"), "position")
@@ -553,10 +550,11 @@ class _Lane:
     async def _settle(self, group: list[_Waiting]) -> None:
         """Give each append of the group its outcome."""
         attempt = 0
+        careful = False
         while group:
             try:
                 begin = time.perf_counter()
-                rows = await self._commit(group)
+                rows = await self._commit(group, careful=careful)
                 metrics.COMMIT.observe(time.perf_counter() - begin)
             except (psycopg.Error, OSError) as error:
                 state = getattr(error, "sqlstate", None) or ""
@@ -566,6 +564,9 @@ class _Lane:
                     self._fail(group, self._gone())
                     self._store._lanes.pop((self.stream.namespace, self.stream.name), None)
                     return
+                if isinstance(error, psycopg.errors.UniqueViolation) and not careful:
+                    careful = True  # an id is known although the expected revision is right: look for ids first
+                    continue
                 if state.startswith(_GUILTY):
                     if len(group) == 1:
                         self._fail(group, InvalidAppendError("events", f"PostgreSQL refused it: {error}"))
@@ -597,27 +598,14 @@ class _Lane:
                 self._answer(group, rows)
                 return
 
-    async def _commit(self, group: list[_Waiting]) -> tuple[list[int], list[int], list[int | None]]:
+    async def _commit(self, group: list[_Waiting], *, careful: bool) -> tuple[list[int], list[int], list[int | None]]:
         """Run the group's transaction; return outcomes, revisions and positions."""
         metrics.GROUP.observe(len(group))
         parts = [waiting.append for waiting in group]
-        counts = [len(part.ids) for part in parts]
-        arguments = [
-            Int4(self.stream.stream),
-            arrays.text_array([part.subject_element for part in parts]),
-            arrays.int4_array([part.partition for part in parts]),
-            arrays.int8_array([part.expected for part in parts]),
-            arrays.int4_array(counts),
-            arrays.int4_array([n for n, count in enumerate(counts, 1) for _ in range(count)]),
-            arrays.text_array([part.subject_element for part in parts for _ in part.ids]),
-            arrays.text_array([element for part in parts for element in part.ids]),
-            arrays.text_array([element for part in parts for element in part.types]),
-            arrays.jsonb_array([element for part in parts for element in part.data]),
-            arrays.jsonb_array([element for part in parts for element in part.metadata]),
-        ]
+        arguments = _arguments(self.stream.stream, parts, careful=careful)
         async with self._store._write.lend() as conn:
             cursor = conn.cursor(binary=True)
-            await cursor.execute(self._append.encode(), arguments, prepare=True)
+            await cursor.execute(self._append, arguments, prepare=True)
             row: tuple[list[int], list[int], list[int | None]] | None = await cursor.fetchone()
         assert row is not None, "a function with out parameters gives one row"
         return row
@@ -654,6 +642,59 @@ class _Lane:
         for waiting in group:
             if not waiting.outcome.done():
                 waiting.outcome.set_exception(error)
+
+
+def _arguments(stream: int, parts: Sequence[Append], *, careful: bool) -> list[Any]:
+    """Return the arguments of append_group for one group; see migrations/stream/0002_append.sql for what they are."""
+    after = 0
+    numbers: list[int] = []
+    afters: list[int] = []
+    partition_after: dict[int, int] = {}
+    partition_afters: list[int] = []
+    subject_before: dict[bytes, int] = {}
+    subject_befores: list[int] = []
+    keys: dict[bytes, int] = {}
+    again: list[bool] = []
+    ids: dict[bytes, set[bytes]] = {}
+    for number, part in enumerate(parts, 1):
+        count = len(part.ids)
+        after += count
+        afters.append(after)
+        numbers += [number] * count
+        partition_after[part.partition] = partition_after.get(part.partition, 0) + count
+        partition_afters.append(partition_after[part.partition])
+        subject = part.subject_element
+        before = subject_before.get(subject, 0)
+        subject_befores.append(before)
+        subject_before[subject] = before + count
+        keys.setdefault(subject, number)
+        known = ids.get(subject)
+        if known is None:
+            ids[subject] = set(part.ids)
+            again.append(False)
+        else:
+            again.append(not known.isdisjoint(part.ids))
+            known.update(part.ids)
+    return [
+        Int4(stream),
+        arrays.int4_array(sorted(partition_after)),
+        careful,
+        arrays.text_array([part.subject_element for part in parts]),
+        arrays.int4_array([part.partition for part in parts]),
+        arrays.int8_array([part.expected for part in parts]),
+        arrays.int4_array([len(part.ids) for part in parts]),
+        arrays.int4_array(afters),
+        arrays.int4_array(partition_afters),
+        arrays.int4_array(subject_befores),
+        arrays.int4_array([keys[part.subject_element] for part in parts]),
+        arrays.bool_array(again),
+        arrays.int4_array(numbers),
+        arrays.text_array([part.subject_element for part in parts for _ in part.ids]),
+        arrays.text_array([element for part in parts for element in part.ids]),
+        arrays.text_array([element for part in parts for element in part.types]),
+        arrays.jsonb_array([element for part in parts for element in part.data]),
+        arrays.jsonb_array([element for part in parts for element in part.metadata]),
+    ]
 
 
 def _page(schema: str, where: sql.Composable, key: str) -> str:

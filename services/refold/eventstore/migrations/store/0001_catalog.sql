@@ -32,6 +32,7 @@ create table refold.heads (
   partition   integer not null check (partition >= 0),
   head        bigint not null default 0 check (head >= 0),
   recorded_at timestamptz not null default 'epoch',
+  active      boolean not null default false,    -- the stream's state is active; here an append finds it under its lock
   primary key (stream, partition)
 ) with (
   fillfactor = 50,

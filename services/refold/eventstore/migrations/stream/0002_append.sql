@@ -2,14 +2,20 @@
 
 -- Append a group: many appends, each with its own outcome, in one transaction.
 --
--- In: the stream's catalog number (a caller that knows an earlier stream of this name is refused); per append its
--- subject, the subject's partition, the expected revision (a number; -1 any, -2 exists) and how many
--- events it has (at least one, of distinct ids); per event, in the order of the appends, the number of its append (from
--- 1), its subject, id, type, data and metadata. Only the service's own role may call it, since it believes the
--- partitions and the arrays' shapes.
+-- In: the stream's catalog number (a caller that knows an earlier stream of this name is refused); the partitions that
+-- are touched, each once, in order; whether to look for ids also where the expected revision is right (`careful`, see
+-- below). Per append: subject, its partition, the expected revision (a number; -1 any, -2 exists), how many events it has
+-- (at least one, of distinct ids), how many the group has up to and with it (a_after), the same in its partition alone
+-- (a_partition_after), how many of its subject's stand before it in the group (a_subject_before), the number of its subject
+-- among the group's subjects (a_key), and whether an id of it stands in an earlier append of its subject (a_again). Per
+-- event, in the order of the appends: the number of its append (from 1), its subject, id, type, data and metadata.
+-- Only the service's own role may call this, since it believes all of that; `append` below computes it.
 --
 -- Out, per append: 0 appended, 1 replayed, 2 the expected revision is wrong, 3 an id is known with other content; then
 -- the revision and the position of its last event (0, 1), or the subject's current revision and null (2, 3).
+--
+-- Where the expected revision is a number and right, ids aren't looked for first, since a retry expects a revision that
+-- has passed. Should one be known all the same, the unique index refuses the group, and the caller asks again, carefully.
 --
 -- Concurrency: the first statement locks the heads in the order of the partitions; every later one has a later snapshot
 -- (READ COMMITTED) and so sees all that was committed under those locks. They are held until commit, so positions are
@@ -17,7 +23,9 @@
 --
 -- Plans are generic, and neither scan a table nor nest loops: the arrays' sizes aren't known when they are made.
 create function :"schema".append_group(
-  stream integer, a_subject text[], a_partition integer[], a_expected bigint[], a_events integer[],
+  stream integer, partitions integer[], careful boolean,
+  a_subject text[], a_partition integer[], a_expected bigint[], a_events integer[], a_after integer[],
+  a_partition_after integer[], a_subject_before integer[], a_key integer[], a_again boolean[],
   e_append integer[], e_subject text[], e_id text[], e_type text[], e_data jsonb[], e_metadata jsonb[],
   out outcomes smallint[], out revisions bigint[], out positions bigint[]
 )
@@ -32,13 +40,14 @@ as $$
 declare
   c_stream   constant integer := :stream;
   v_count    constant integer := cardinality(a_subject);
-  v_locked   integer[];      -- the locked partitions
-  v_heads    bigint[];       -- and their heads
-  v_last     timestamptz;
+  v_heads    bigint[];       -- of the partitions
+  v_last     timestamptz;    -- the latest event of any of them
+  v_active   boolean;
   v_now      timestamptz;
-  v_after    bigint[];       -- per append: the number, in the group, of its last event
-  v_problems integer[];      -- the appends of subjects where not simply all of them can be appended
-  v_shift    bigint[];       -- per locked partition: how many events were refused so far
+  v_ask      boolean[];      -- per append: whether its ids must be looked for
+  v_keys     integer[];      -- the subjects where not simply all appends can be accepted
+  v_problems integer[];      -- their appends
+  v_shift    bigint[];       -- per partition: how many events were refused so far
   v_low      integer := 1;   -- the first append that was accepted and isn't inserted yet
   v_current  bigint;         -- the subject's revision
   v_found    bigint;         -- how many of an append's ids stand in history
@@ -50,66 +59,59 @@ declare
   i          integer;
   k          integer;
 begin
-  with locked as (
-    select h.partition, h.head, h.recorded_at from refold.heads h
-    where h.stream = c_stream and h.partition = any (a_partition) order by h.partition for update
-  )
-  select array_agg(partition), array_agg(head), max(recorded_at) into v_locked, v_heads, v_last from locked;
+  if cardinality(partitions) = 1 then
+    select array[h.head], h.recorded_at, h.active into v_heads, v_last, v_active from refold.heads h
+    where h.stream = c_stream and h.partition = partitions[1] for update;
+  else
+    with locked as (
+      select h.head, h.recorded_at, h.active from refold.heads h
+      where h.stream = c_stream and h.partition = any (partitions) order by h.partition for update
+    )
+    select array_agg(head), max(recorded_at), bool_and(active) into v_heads, v_last, v_active from locked;
+  end if;
 
   if current_setting('transaction_isolation') <> 'read committed' then
     raise exception 'an append needs READ COMMITTED, this transaction is %', current_setting('transaction_isolation')
       using errcode = 'RF004';
   end if;
-  perform from refold.streams s where s.stream = c_stream and s.state = 'active';
-  if not found or stream is distinct from c_stream then
+  if stream is distinct from c_stream or not v_active then
     raise exception 'the stream is not active' using errcode = 'RF001';
   end if;
-  if not a_partition <@ coalesce(v_locked, '{}') then
+  if cardinality(v_heads) is distinct from cardinality(partitions) then
     raise exception 'the stream has no such partition' using errcode = 'RF002';
   end if;
   v_now := greatest(clock_timestamp(), v_last);
 
-  -- What each append's last revision and position are if all are accepted, and the appends of those subjects where that
-  -- isn't so: an expected revision is wrong, or an id is known already, in history or in the group.
-  with a as materialized (
-    select n::integer, subject, partition, expected, events,
-           sum(events) over (order by n) as after,
-           sum(events) over (partition by subject order by n) as subject_after,
-           sum(events) over (partition by partition order by n) as partition_after,
-           count(*) over (partition by subject) as appends
-    from unnest(a_subject, a_partition, a_expected, a_events)
-         with ordinality as t (subject, partition, expected, events, n)
-  ), s as materialized (
-    select subject, partition, appends, coalesce((
+  -- What each append's last revision and position are if all are accepted, and the subjects where that isn't so. The
+  -- aggregates take the rows in the order in which unnest gives them.
+  select array_agg(current + subject_before + events),
+         array_agg(v_heads[array_position(partitions, partition)] + partition_after),
+         array_agg(current > 0 and (careful or expected < 0)),
+         array_agg(key) filter (where again or case expected when -1 then false when -2 then current + subject_before = 0
+                                                             else expected <> current + subject_before end)
+  into revisions, positions, v_ask, v_keys
+  from (
+    select partition, expected, events, partition_after, subject_before, key, again, coalesce((
       select h.revision from :"schema".events h
-      where h.partition = d.partition and h.subject = d.subject order by h.revision desc limit 1
+      where h.partition = a.partition and h.subject = a.subject order by h.revision desc limit 1
     ), 0) as current
-    from (select distinct subject, partition, appends from a) d
-  ), e as materialized (
-    select subject, partition, appends, current, id
-    from unnest(e_subject, e_id) as t (subject, id) join s using (subject)
-    where current > 0 or appends > 1
-  ), problem as (
-    select subject from e where current > 0 and (
+    from unnest(a_subject, a_partition, a_expected, a_events, a_partition_after, a_subject_before, a_key, a_again)
+         as a (subject, partition, expected, events, partition_after, subject_before, key, again)
+    offset 0
+  ) a;
+  if true = any (v_ask) then
+    select v_keys || array_agg(a_key[e.append]) into v_keys
+    from unnest(e_append, e_subject, e_id) as e (append, subject, id)
+    where v_ask[e.append] and (
       select true from :"schema".events h
-      where h.partition = e.partition and h.subject = e.subject and h.id = e.id) is not null
-    union
-    select subject from e where appends > 1 group by subject, id having count(*) > 1
-    union
-    select subject from a join s using (subject)
-    where case expected when -1 then false
-                        when -2 then current + subject_after = events
-                        else expected <> current + subject_after - events end
-  )
-  select array_agg(after order by n),
-         array_agg(current + subject_after order by n),
-         array_agg(v_heads[array_position(v_locked, a.partition)] + partition_after order by n),
-         array_agg(n order by n) filter (where problem.subject is not null)
-  into v_after, revisions, positions, v_problems
-  from a join s using (subject) left join problem using (subject);
+      where h.partition = a_partition[e.append] and h.subject = e.subject and h.id = e.id) is not null;
+  end if;
 
   outcomes := array_fill(0::smallint, array[v_count]);
-  v_shift := array_fill(0::bigint, array[cardinality(v_locked)]);
+  if v_keys is not null then
+    select array_agg(n) into v_problems from unnest(a_key) with ordinality as t (key, n) where key = any (v_keys);
+    v_shift := array_fill(0::bigint, array[cardinality(partitions)]);
+  end if;
 
   -- Decide the problems one by one, in order; each sees what was inserted before it. What lies between them is inserted
   -- at once; where there is none, that is the whole group.
@@ -117,32 +119,32 @@ begin
     if v_low < i then
       if v_problems is not null then
         for j in v_low .. i - 1 loop
-          positions[j] := positions[j] - v_shift[array_position(v_locked, a_partition[j])];
+          positions[j] := positions[j] - v_shift[array_position(partitions, a_partition[j])];
         end loop;
       end if;
-      v_first := v_after[v_low] - a_events[v_low] + 1;
+      v_first := a_after[v_low] - a_events[v_low] + 1;
       insert into :"schema".events (partition, position, subject, revision, id, type, data, metadata, recorded_at)
-      select a_partition[append], positions[append] - v_after[append] + v_first + n - 1, subject,
-             revisions[append] - v_after[append] + v_first + n - 1, id, type, data, metadata, v_now
-      from unnest(e_append[v_first:v_after[i - 1]], e_subject[v_first:v_after[i - 1]], e_id[v_first:v_after[i - 1]],
-                  e_type[v_first:v_after[i - 1]], e_data[v_first:v_after[i - 1]], e_metadata[v_first:v_after[i - 1]])
+      select a_partition[append], positions[append] - a_after[append] + v_first + n - 1, subject,
+             revisions[append] - a_after[append] + v_first + n - 1, id, type, data, metadata, v_now
+      from unnest(e_append[v_first:a_after[i - 1]], e_subject[v_first:a_after[i - 1]], e_id[v_first:a_after[i - 1]],
+                  e_type[v_first:a_after[i - 1]], e_data[v_first:a_after[i - 1]], e_metadata[v_first:a_after[i - 1]])
            with ordinality as t (append, subject, id, type, data, metadata, n);
       v_low := i;
     end if;
     exit when i > v_count;
 
-    v_first := v_after[i] - a_events[i] + 1;
+    v_first := a_after[i] - a_events[i] + 1;
     select coalesce(max(h.revision), 0) into v_current from (
       select h.revision from :"schema".events h
       where h.partition = a_partition[i] and h.subject = a_subject[i] order by h.revision desc limit 1) h;
     with h as materialized (
       select h.id, h.revision, h.position, h.type, h.data from :"schema".events h
-      where h.partition = a_partition[i] and h.subject = a_subject[i] and h.id = any (e_id[v_first:v_after[i]])
+      where h.partition = a_partition[i] and h.subject = a_subject[i] and h.id = any (e_id[v_first:a_after[i]])
     )
     select count(h.id), count(*) filter (where h.type = w.type and h.data = w.data),
            max(h.revision - w.n) = min(h.revision - w.n), max(h.revision), max(h.position)
     into v_found, v_same, v_ordered, v_revision, v_position
-    from unnest(e_id[v_first:v_after[i]], e_type[v_first:v_after[i]], e_data[v_first:v_after[i]])
+    from unnest(e_id[v_first:a_after[i]], e_type[v_first:a_after[i]], e_data[v_first:a_after[i]])
          with ordinality as w (id, type, data, n) left join h on h.id = w.id;
 
     if v_found = 0 and (case a_expected[i] when -1 then true when -2 then v_current > 0
@@ -150,7 +152,7 @@ begin
       revisions[i] := v_current + a_events[i];
       continue;
     end if;
-    k := array_position(v_locked, a_partition[i]);
+    k := array_position(partitions, a_partition[i]);
     v_shift[k] := v_shift[k] + a_events[i];
     v_low := i + 1;
     if v_found = a_events[i] and v_same = v_found and v_ordered then
@@ -164,17 +166,27 @@ begin
     end if;
   end loop;
 
-  update refold.heads h set head = x.head, recorded_at = v_now
-  from (select partition, max(position) as head
-        from unnest(a_partition, positions, outcomes) as t (partition, position, outcome)
-        where outcome = 0 group by partition) x
-  where h.stream = c_stream and h.partition = x.partition;
+  if cardinality(partitions) = 1 then
+    v_current := a_partition_after[v_count] - coalesce(v_shift[1], 0);
+    if v_current > 0 then
+      update refold.heads h set head = v_heads[1] + v_current, recorded_at = v_now
+      where h.stream = c_stream and h.partition = partitions[1];
+    end if;
+  else
+    update refold.heads h set head = x.head, recorded_at = v_now
+    from (select partition, max(position) as head
+          from unnest(a_partition, positions, outcomes) as t (partition, position, outcome)
+          where outcome = 0 group by partition) x
+    where h.stream = c_stream and h.partition = x.partition;
+  end if;
 end
 $$;
 revoke all on function :"schema".append_group(
-  integer, text[], integer[], bigint[], integer[], integer[], text[], text[], text[], jsonb[], jsonb[]) from public;
+  integer, integer[], boolean, text[], integer[], bigint[], integer[], integer[], integer[], integer[], integer[],
+  boolean[], integer[], text[], text[], text[], jsonb[], jsonb[]) from public;
 grant execute on function :"schema".append_group(
-  integer, text[], integer[], bigint[], integer[], integer[], text[], text[], text[], jsonb[], jsonb[]) to :"eventstore";
+  integer, integer[], boolean, text[], integer[], bigint[], integer[], integer[], integer[], integer[], integer[],
+  boolean[], integer[], text[], text[], text[], jsonb[], jsonb[]) to :"eventstore";
 
 -- Append as the stream's writer: [{"subject", "expected": number | "any" | "none" | "exists" (default "any"),
 -- "events": [{"id", "type", "data", "metadata"?}, …]}, …], at most 1,000 events; per append, in order: its outcome
@@ -186,9 +198,10 @@ language plpgsql
 volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
-#variable_conflict use_variable
+#variable_conflict use_column
 declare
-  a_subject text[]; a_partition integer[]; a_expected bigint[]; a_events integer[];
+  a_subject text[]; a_partition integer[]; a_expected bigint[]; a_events integer[]; a_after integer[];
+  a_partition_after integer[]; a_subject_before integer[]; a_key integer[]; a_again boolean[];
   e_append integer[]; e_subject text[]; e_id text[]; e_type text[]; e_data jsonb[]; e_metadata jsonb[];
   v record;
 begin
@@ -214,13 +227,25 @@ begin
     raise exception 'events are 1 to 1,000 of {"id", "type", "data", "metadata"?} with distinct ids'
       using errcode = 'RF003';
   end if;
-  select array_agg(a ->> 'subject' order by n),
-         array_agg(refold.partition_of(a ->> 'subject', :partitions) order by n),
-         array_agg(case a ->> 'expected' when 'any' then -1 when 'none' then 0 when 'exists' then -2
-                   else coalesce((a ->> 'expected')::numeric::bigint, -1) end order by n),
-         array_agg(jsonb_array_length(a -> 'events') order by n)
-  into a_subject, a_partition, a_expected, a_events
-  from jsonb_array_elements(appends) with ordinality as t (a, n);
+  select array_agg(subject order by n), array_agg(partition order by n), array_agg(expected order by n),
+         array_agg(events order by n), array_agg(after order by n), array_agg(partition_after order by n),
+         array_agg(subject_after - events order by n), array_agg(key order by n),
+         array_agg(subject_after > events order by n)  -- more often than need be: all but a subject's first
+  into a_subject, a_partition, a_expected, a_events, a_after, a_partition_after, a_subject_before, a_key, a_again
+  from (
+    select subject, partition, expected, events, n,
+           sum(events) over (order by n) as after,
+           sum(events) over (partition by partition order by n) as partition_after,
+           sum(events) over (partition by subject order by n) as subject_after,
+           dense_rank() over (order by subject) as key
+    from (
+      select a ->> 'subject' as subject, refold.partition_of(a ->> 'subject', :partitions) as partition,
+             case a ->> 'expected' when 'any' then -1 when 'none' then 0 when 'exists' then -2
+             else coalesce((a ->> 'expected')::numeric::bigint, -1) end as expected,
+             jsonb_array_length(a -> 'events') as events, n
+      from jsonb_array_elements(appends) with ordinality as t (a, n)
+    ) a
+  ) a;
   select array_agg(t.n order by t.n, u.n), array_agg(a ->> 'subject' order by t.n, u.n),
          array_agg(e ->> 'id' order by t.n, u.n), array_agg(e ->> 'type' order by t.n, u.n),
          array_agg(e -> 'data' order by t.n, u.n),
@@ -232,7 +257,9 @@ begin
     raise exception 'at most 1,000 events are appended at once, not %', cardinality(e_id) using errcode = 'RF003';
   end if;
   select * into v from :"schema".append_group(
-    :stream, a_subject, a_partition, a_expected, a_events, e_append, e_subject, e_id, e_type, e_data, e_metadata);
+    :stream, array(select distinct p from unnest(a_partition) p order by p), true,
+    a_subject, a_partition, a_expected, a_events, a_after, a_partition_after, a_subject_before, a_key, a_again,
+    e_append, e_subject, e_id, e_type, e_data, e_metadata);
   return query
     select (array['appended', 'replayed', 'revision-conflict', 'id-conflict'])[o + 1], r, q, p
     from unnest(v.outcomes, v.revisions, a_partition, v.positions) with ordinality as t (o, r, q, p, n) order by n;
