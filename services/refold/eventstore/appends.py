@@ -35,7 +35,7 @@ _WORDS = {"any": -1, "none": 0, "exists": -2}
 _MAX_REVISION = 2**63 - 1
 _ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_MAYBE_BIG_NUMBER = re.compile(rb"\d[eE]|\d{%d}" % MAX_NUMBER)
+_MAYBE_BIG_NUMBER = re.compile(rb"\d[eE]|\d{%d}" % (MAX_NUMBER + 1))
 _NUMBER = re.compile(rb"-?(\d+)(?:\.(\d+))?(?:[eE]([+-]?\d+))?")
 _BRACKET = re.compile(rb"[][{}]")
 _partition_of = functools.lru_cache(maxsize=65536)(partition_of)
@@ -208,8 +208,10 @@ def _check_json(field: str, text: bytes, index: int) -> int:
             raise InvalidAppendError(_path(field, index), f"isn't UTF-8: {error}") from error
     if b"\\u" in text:
         _check_escapes(field, text, index)
-    if _MAYBE_BIG_NUMBER.search(text):
-        for match in _NUMBER.finditer(_STRING.sub(b'""', text)):
+    # Without escapes, what stands outside of strings is every second part between quotes.
+    bare = _STRING.sub(b"", text) if b"\\" in text else b"".join(text.split(b'"')[::2])
+    if _MAYBE_BIG_NUMBER.search(bare):
+        for match in _NUMBER.finditer(bare):
             whole, fraction, exponent = match.groups()
             if len(whole) > MAX_NUMBER or len(fraction or b"") > MAX_NUMBER or abs(_small(exponent)) > MAX_NUMBER:
                 raise InvalidAppendError(
@@ -218,9 +220,9 @@ def _check_json(field: str, text: bytes, index: int) -> int:
                     f"±{MAX_NUMBER}; send it as a string",
                 )
             size += abs(_small(exponent))
-    if text.count(b"[") + text.count(b"{") > MAX_DEPTH:
+    if bare.count(b"[") + bare.count(b"{") > MAX_DEPTH:
         depth = 0
-        for bracket in _BRACKET.findall(_STRING.sub(b'""', text)):
+        for bracket in _BRACKET.findall(bare):
             depth += 1 if bracket in b"[{" else -1
             if depth > MAX_DEPTH:
                 raise InvalidAppendError(_path(field, index), f"is nested over {MAX_DEPTH} deep")

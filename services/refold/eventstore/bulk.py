@@ -158,9 +158,16 @@ class Bulk(Response):
                     line.subject, _problem(UnavailableError("the event store is stopping"), line.number)
                 )
             elif (error := line.outcome.exception()) is None:
-                revision, partition, position, token, replayed = line.outcome.result()
+                result = line.outcome.result()
                 answer = self._encoder.encode(
-                    BulkAnswer(line.subject, revision, partition, position, token, replayed=replayed)
+                    BulkAnswer(
+                        line.subject,
+                        result.revision,
+                        result.partition,
+                        result.position,
+                        result.token,
+                        replayed=result.replayed,
+                    )
                 )
             elif isinstance(error, EventStoreError):
                 answer = self._refusal(line.subject, _problem(error, line.number))

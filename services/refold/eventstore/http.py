@@ -169,7 +169,7 @@ class Api:
         return await _answer(request, pages)
 
     async def read_partition(self, request: Request) -> Response:
-        """Read one partition."""
+        """Read one partition, and tell which history it is of: positions of another mean nothing in it."""
         namespace, name = _stream(request)
         partition = paths.parameter(request, "partition")
         if not (partition.isascii() and partition.isdigit() and len(partition) < 10):
@@ -182,7 +182,13 @@ class Api:
             raise _bad_query("limit", "is at least 1")
         after = _number(query, "after", 0) or 0
         pages = self.store.partition_pages(namespace, name, int(partition), after=after, limit=limit)
-        return await _answer(request, pages)
+        response = await _answer(request, pages)
+        try:
+            stream = await self.store.stream(namespace, name)
+        except EventStoreError as error:
+            raise from_error(error) from error
+        response.headers["refold-incarnation"] = stream.incarnation
+        return response
 
 
 def _stream(request: Request) -> tuple[str, str]:

@@ -71,15 +71,20 @@ _GUILTY = ("22", "23", "54", "RF")
 class AppendResult(NamedTuple):
     """What an append did.
 
-    `revision` and `position` are its last event's; `token` makes a read wait for it; `replayed` says that the events
-    were there already, from an earlier attempt.
+    `revision` and `position` are its last event's; `replayed` says that the events were there already, from an earlier
+    attempt; `incarnation` is the stream's.
     """
 
     revision: int
     partition: int
     position: int
-    token: str
     replayed: bool
+    incarnation: str
+
+    @property
+    def token(self) -> str:
+        """The token that makes a query wait until it has seen this append."""
+        return tokens.encode([tokens.Position(self.incarnation, self.partition, self.position)])
 
 
 class _Waiting(NamedTuple):
@@ -620,10 +625,9 @@ class _Lane:
                     appended += len(append.ids)
                 else:
                     replayed += 1
-                token = tokens.encode([tokens.Position(self.stream.incarnation, append.partition, position)])
                 if not waiting.outcome.done():
                     waiting.outcome.set_result(
-                        AppendResult(revision, append.partition, position, token, replayed=outcome == 1)
+                        AppendResult(revision, append.partition, position, outcome == 1, self.stream.incarnation)
                     )
             elif outcome == 2:
                 self._fail([waiting], RevisionConflictError(append.subject, waiting.expected, revision))
