@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 import psycopg
 import pytest
+from refold import tokens
 from refold.eventstore import server
 from refold.eventstore.settings import Settings
 
@@ -182,7 +183,9 @@ def test_a_partition_is_read_after_a_position(api: Served) -> None:
     path = f"/v1/streams/shop/orders/partitions/{place['partition']}/events"
     events = api.ask(f"{path}?after={place['position'] - 3}&limit=2").json()["events"]
     assert [(event["subject"], event["id"]) for event in events] == [("partition", "1"), ("partition", "2")]
-    assert api.ask(f"{path}?after={place['position']}").json() == {"events": []}
+    rest = api.ask(f"{path}?after={place['position']}")
+    assert rest.json() == {"events": []}
+    assert rest.headers["refold-incarnation"] == tokens.decode(place["token"])[0].incarnation
     for query in ("limit=0", "after=x", "from=1"):
         refused(api.ask(f"{path}?{query}"), 400, "invalid-query")
 
