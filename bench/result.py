@@ -20,7 +20,10 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What to measure, beside which limit. `usual` is the limit's known rate in events/s on this kind of machine."""
+    """What to measure, beside which limit, and where one is given beside a second one.
+
+    `usual` is the limit's known rate in events/s on this kind of machine.
+    """
 
     workload: str
     params: dict[str, Any]
@@ -28,10 +31,16 @@ class Comparison:
     limit: Callable[[], Run]
     limit_name: str
     usual: float | None = None
+    second: Callable[[], Run] | None = None
+    second_name: str = ""
 
     def line(self, runs: int) -> dict[str, Any]:
         """Run both by turns, `runs` times, and return the result; the ratio is the median of the pairs' ratios."""
-        pairs = [(self.measured(), self.limit()) for _ in range(runs)]
+        pairs, seconds = [], []
+        for _ in range(runs):
+            pairs.append((self.measured(), self.limit()))
+            if self.second:
+                seconds.append(pairs[-1][0].events_per_s / self.second().events_per_s)
         rates = [ours.events_per_s for ours, _ in pairs]
         limits = [limit.events_per_s for _, limit in pairs]
         latencies = sorted(value for ours, _ in pairs for value in ours.latencies_ms)
@@ -51,6 +60,8 @@ class Comparison:
             },
             "ratio": round(statistics.median(ours / limit for ours, limit in zip(rates, limits, strict=True)), 3),
         }  # fmt: skip
+        if seconds:
+            result["second_limit"] = {"name": self.second_name, "ratio": round(statistics.median(seconds), 3)}
         if self.usual and statistics.median(limits) < _VOID_BELOW * self.usual:
             result["void"] = (
                 f"the limit reached less than {_VOID_BELOW} of its usual {self.usual:.0f}/s: a busy machine"

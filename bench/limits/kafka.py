@@ -11,17 +11,21 @@ from bench.orders import OrderEvent
 from bench.result import Run
 
 
-def produce(bootstrap: str, topic: str, events: Sequence[OrderEvent]) -> Run:
-    """Send all events by one idempotent producer (acks=all), key: the subject, and wait until all are acknowledged."""
+def produce(bootstrap: str, topic: str, events: Sequence[OrderEvent], *, typed: bool = False) -> Run:
+    """Send all events by one idempotent producer (acks=all), key: the subject, and wait until all are acknowledged.
+
+    With `typed`, each record has its event's type as a header.
+    """
     producer = Producer({
         "bootstrap.servers": bootstrap, "enable.idempotence": True, "acks": "all", "partitioner": "murmur2_random",
     })  # fmt: skip
     producer.list_topics(topic, timeout=30)  # connected, and the partitions known, before the clock starts
     began = time.perf_counter()
     for event in events:
+        headers: list[tuple[str, str | bytes | None]] | None = [("type", event.type)] if typed else None
         while True:
             with suppress(BufferError):
-                producer.produce(topic, event.data, event.subject)
+                producer.produce(topic, event.data, event.subject, headers=headers)
                 break
             producer.poll(0.01)
     left = producer.flush(120)

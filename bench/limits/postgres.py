@@ -76,6 +76,15 @@ def pgbench(dsn: str, events: Sequence[OrderEvent], *, clients: int) -> Run:
     return Run(events_per_s=rate, latencies_ms=[int(fields[2]) / 1000 for fields in lines])
 
 
+def select_only(dsn: str, *, clients: int, seconds: int) -> Run:
+    """Point reads by `pgbench -S -M prepared` on its own tables (100,000 rows), `clients` at once."""
+    with psycopg.connect(dsn) as conn:
+        made = conn.execute("select to_regclass('pgbench_accounts') is not null").fetchone()
+    if made != (True,):
+        subprocess.run(["pgbench", "-i", "-q", "-s", "1", dsn], check=True, capture_output=True)
+    return Run(events_per_s=_pgbench(dsn, "-S", "-c", str(clients), "-T", str(seconds)))
+
+
 def insert_and_commit(dsn: str, events: Sequence[OrderEvent]) -> Run:
     """One INSERT and commit after another on one psycopg connection."""
     _fresh(dsn)

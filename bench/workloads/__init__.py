@@ -6,7 +6,7 @@ from typing import NamedTuple
 from bench.orders import OrderEvent
 from bench.result import Comparison
 from bench.servers import Servers
-from bench.workloads import append_library, relay
+from bench.workloads import append_http, append_library, fold, query, rebuild, relay
 
 
 class Workload(NamedTuple):
@@ -21,4 +21,10 @@ WORKLOADS = {
     "append-1": Workload(append_library.append_1, 5_000),
     "append-100x8": Workload(append_library.append_100x8, 100_000),
     "relay": Workload(relay.relay, 200_000),
+    "fold": Workload(fold.fold, 200_000),
+    "http-append": Workload(append_http.http_append, 50_000),
+    "http-bulk": Workload(append_http.http_bulk, 100_000),
+    "rebuild": Workload(rebuild.rebuild, 500_000),
+    "rebuild-topic": Workload(rebuild.rebuild_topic, 500_000),
+    "query": Workload(query.query, 50_000),
 }

@@ -1,20 +1,17 @@
 """`relay`: one relay process with many events waiting in the store, until all are committed to the topic."""
 
-import re
-import time
 from collections.abc import Sequence
 from typing import Any, cast
 
-import httpx
 from psycopg import sql
 from refold.eventstore.catalog import Stream
 
-from bench.appending import copied_stream, filled_stream, retire, reveal
+from bench.appending import copied_stream, filled_stream, retire
 from bench.limits import kafka
 from bench.orders import OrderEvent
+from bench.relaying import relay_all
 from bench.result import Comparison, Run
 from bench.servers import PARTITIONS, Servers
-from bench.waiting import until
 
 
 def relay(servers: Servers, events: Sequence[OrderEvent]) -> Comparison:
@@ -33,26 +30,10 @@ def relay(servers: Servers, events: Sequence[OrderEvent]) -> Comparison:
 
 def _run(servers: Servers, source: Stream, count: int) -> Run:
     stream = copied_stream(servers, source)
-    process = servers.platform.relay()
-    process.up()
-    try:
-        with httpx.Client(base_url=process.url, trust_env=False) as client:
-            until(lambda: client.get("/readyz").status_code == httpx.codes.OK, "the relay is ready")
-            began = time.perf_counter()
-            reveal(servers, stream)
-            until(lambda: _relayed(client, stream) >= count, f"{count} events are relayed", log=process.log)
-            seconds = time.perf_counter() - began
-    finally:
-        process.stop()
+    seconds = relay_all(servers, stream, count)
     _check(servers, stream, count)
     servers.platform.drop_stream(stream)
     return Run(events_per_s=count / seconds)
-
-
-def _relayed(client: httpx.Client, stream: Stream) -> float:
-    name = re.escape(f'refold_relay_events_total{{stream="{stream.namespace}/{stream.name}"}}')
-    found = re.search(rf"^{name} (\S+)$", client.get("/metrics").text, re.MULTILINE)
-    return float(found[1]) if found else 0
 
 
 def _check(servers: Servers, stream: Stream, count: int) -> None:

@@ -1,0 +1,32 @@
+"""A relay process for the time that a stream needs."""
+
+import re
+import time
+
+import httpx
+from refold.eventstore.catalog import Stream
+
+from bench.appending import reveal
+from bench.servers import Servers
+from bench.waiting import until
+
+
+def relay_all(servers: Servers, stream: Stream, count: int) -> float:
+    """Reveal `stream` to a relay that is ready; return the seconds until its `count` events are committed."""
+    process = servers.platform.relay()
+    process.up()
+    try:
+        with httpx.Client(base_url=process.url, trust_env=False) as client:
+            until(lambda: client.get("/readyz").status_code == httpx.codes.OK, "the relay is ready", log=process.log)
+            began = time.perf_counter()
+            reveal(servers, stream)
+            until(lambda: _relayed(client, stream) >= count, f"{count} events are relayed", log=process.log)
+            return time.perf_counter() - began
+    finally:
+        process.stop()
+
+
+def _relayed(client: httpx.Client, stream: Stream) -> float:
+    name = re.escape(f'refold_relay_events_total{{stream="{stream.namespace}/{stream.name}"}}')
+    found = re.search(rf"^{name} (\S+)$", client.get("/metrics").text, re.MULTILINE)
+    return float(found[1]) if found else 0
