@@ -23,10 +23,11 @@ build() {
 
 # load NAME: under a tag that names the contents, so that whatever runs an older image is replaced by an upgrade
 load() {
-  local id image archive
+  local id image archive loaded
   id=$(docker image inspect -f '{{.Id}}' "refold/$1:dev")
   image=refold/$1:dev-${id:7:12}
-  if ! docker exec "$NODE" ctr -n k8s.io images ls -q | grep -qxF "docker.io/$image"; then
+  loaded=$(docker exec "$NODE" ctr -n k8s.io images ls -q)
+  if ! grep -qxF "docker.io/$image" <<<"$loaded"; then
     say "loading $image into the cluster (3 s)"
     archive=$(mktemp "$REFOLD_CACHE/$1.XXXXXX.tar")
     docker tag "refold/$1:dev" "$image"
