@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import httpx
 import psycopg
-from confluent_kafka import TopicCollection
+from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient, NewTopic
 from psycopg.conninfo import make_conninfo
 from refold import names
@@ -106,8 +106,7 @@ class Platform:
                 kafka_cluster="local",
             )  # fmt: skip
             admin.create_topics([NewTopic(topic, partitions, 1)])[topic].result(30)
-            described = admin.describe_topics(TopicCollection([topic]))[topic].result(30)
-            stream = await catalog.record_topic(conn, stream, str(described.topic_id))
+            stream = await catalog.record_topic(conn, stream, await _topic_id(admin, topic))
             return await catalog.activate(conn, stream)
 
     def drop_stream(self, stream: catalog.Stream) -> None:
@@ -179,6 +178,18 @@ class Platform:
             self, "query", REFOLD_PROJECTION=f"{namespace}/{name}", REFOLD_TOKEN=TOKEN,
             REFOLD_READSTORE_DSN=self._dsn(self._read, readstore.logins(self._read, schema)[1]),
         )  # fmt: skip
+
+
+async def _topic_id(admin: AdminClient, topic: str) -> str:
+    """Return a topic's id; the broker may hear of the topic a little later than the controller that made it."""
+    for _ in range(100):
+        try:
+            return str(admin.describe_topics(TopicCollection([topic]))[topic].result(30).topic_id)
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                raise
+            await asyncio.sleep(0.1)
+    raise TimeoutError(f"Kafka made the topic {topic}, and doesn't know it 10 s later")
 
 
 class Service(Process):
