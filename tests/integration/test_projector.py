@@ -277,6 +277,19 @@ async def test_heads_and_lag_stand_in_the_read_store(world: World, orders: ReadM
     assert sum(a != b for a, b in zip(before, after, strict=True)) <= 1, "idle partitions aren't written"
 
 
+async def test_a_look_at_idle_heads_is_stored_now_and_then(world: World, orders: ReadModel) -> None:
+    world.append(random_events(10))
+    with orders.projector():
+        orders.wait()
+        unseen = "select count(*) from {schema}.positions where seen_at is null"
+        until(lambda: orders.execute(unseen)[0][0] == 0, "a first look")
+        (before,) = orders.execute("select max(seen_at) from {schema}.positions")[0]
+        until(
+            lambda: orders.execute("select min(seen_at) from {schema}.positions")[0][0] > before,
+            "a look at every partition, though nothing changed",
+        )
+
+
 async def test_outages_of_postgresql_and_kafka_are_waited_out(
     world: World, orders: ReadModel, postgres: Postgres, kafka: Kafka
 ) -> None:

@@ -129,8 +129,13 @@ def test_lag_is_summed_in_events_and_the_largest_in_seconds() -> None:
 
 
 def test_there_is_no_lag_where_all_that_was_seen_is_applied() -> None:
-    freshness = Freshness(LIVE, '[["i1",0,9,9,0,900.0,null],["i1",1,9,8,0,990.0,null]]', 1000.0)
+    freshness = Freshness(LIVE, '[["i1",0,9,9,0,975.0,null],["i1",1,9,8,0,990.0,null]]', 1000.0)
     assert (freshness.lag_events, freshness.lag_seconds) == (0, 0.0)
+
+
+def test_where_nobody_has_looked_for_long_something_may_be_missing_since_then() -> None:
+    freshness = Freshness(LIVE, '[["i1",0,9,9,0,900.0,null],["i1",1,9,8,0,990.0,null]]', 1000.0)
+    assert (freshness.lag_events, freshness.lag_seconds) == (0, 100.0)
 
 
 def test_a_lag_grows_where_the_projector_is_gone() -> None:

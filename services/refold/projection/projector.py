@@ -52,6 +52,9 @@ _STOPPED_SECONDS = 10.0
 #: Seconds after a question that Kafka didn't answer in which it isn't asked another: each may take as long.
 _KAFKA_PAUSE_SECONDS = 5.0
 _COMMIT_SECONDS = 1.0
+#: Seconds after which a look at the heads is stored even where nothing changed: a sign that somebody looks. Readers
+#: count a partition as unseen after three times that (`refold.query.freshness`).
+_SEEN_SECONDS = 10.0
 #: Seconds without a sign of life after which the loop counts as stuck; above any statement's timeout.
 _STUCK_SECONDS = 180.0
 
@@ -92,6 +95,7 @@ class Partition:
         self.lagging = False
         #: What the read store knows of head and lag.
         self.seen: tuple[int, float] | None = None
+        self.seen_at = 0.0
 
     def put_off(self) -> None:
         """Become new, after a pause that grows with the failures in a row."""
@@ -551,7 +555,7 @@ class Projector:
     # -- heads and offsets ------------------------------------------------------------------------------------------
 
     def _look_at_heads(self) -> None:
-        """Store changed heads and lags; turn to the event store where the topic doesn't deliver what there is."""
+        """Store heads and lags, changed ones at once; where the topic doesn't deliver, turn to the event store."""
         latest = self._heads.take()
         if latest is None:
             return
@@ -566,8 +570,8 @@ class Projector:
             metrics.LAG_SECONDS.labels(one.label, one.number).set(lag)
             if one.state is not State.STOPPED:
                 metrics.STOPPED.labels(one.label, one.number).set(0)
-            if one.seen != (seen.head, lag):
-                one.seen = (seen.head, lag)
+            if one.seen != (seen.head, lag) or now - one.seen_at > _SEEN_SECONDS:
+                one.seen, one.seen_at = (seen.head, lag), now
                 changed.append(Seen(*one.key, seen.head, lag))
             if seen.head <= one.applied:
                 one.lagging = False

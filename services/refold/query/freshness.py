@@ -9,6 +9,9 @@ import msgspec
 from refold import tokens
 from refold.query.live import LiveVersion
 
+#: Seconds without a look at the head after which nobody seems to look: the projector stores one every ten.
+_UNSEEN_SECONDS = 30.0
+
 
 class Partition(msgspec.Struct, array_like=True, frozen=True):
     """How far the version is in one partition; `seen_at` (Unix time) is when the projector last saw the head."""
@@ -49,15 +52,17 @@ class Freshness:
     def lag_seconds(self) -> float | None:
         """How long the oldest event that may be missing has been waiting; None before every partition was looked at.
 
-        A lag goes on growing where the projector is gone. Of events that came after its last look nobody knows here: it
-        stores what it saw only where that changed, so an old look is no sign of its end.
+        Where the projector is gone this grows: nobody knows what came after its last look.
         """
         lag = 0.0
         for p in self.partitions:
             if p.seen_at is None:
                 return None
+            unseen = max(0.0, self._now - p.seen_at)
             if p.head > p.position:
-                lag = max(lag, p.lag_seconds + max(0.0, self._now - p.seen_at))
+                lag = max(lag, p.lag_seconds + unseen)
+            elif unseen > _UNSEEN_SECONDS:
+                lag = max(lag, unseen)
         return round(lag, 3)
 
     @cached_property
