@@ -483,6 +483,7 @@ class _Lane:
     def __init__(self, store: EventStore, stream: Stream) -> None:
         self.stream = stream
         self._running = False
+        self._connection: AsyncConnection[Any] | None = None  # the one used last
         self._store = store
         self._waiting: collections.deque[_Waiting] = collections.deque()
         self._append = (
@@ -608,7 +609,8 @@ class _Lane:
         metrics.GROUP.observe(len(group))
         parts = [waiting.append for waiting in group]
         arguments = _arguments(self.stream.stream, parts, careful=careful)
-        async with self._store._write.lend() as conn:
+        async with self._store._write.lend(self._connection) as conn:
+            self._connection = conn
             cursor = conn.cursor(binary=True)
             await cursor.execute(self._append, arguments, prepare=True)
             row: tuple[list[int], list[int], list[int | None]] | None = await cursor.fetchone()
