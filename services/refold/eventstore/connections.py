@@ -8,16 +8,15 @@ import asyncio
 import collections
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import msgspec
 import psycopg
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, generators
 from psycopg.adapt import Buffer, Loader
-from psycopg.pq import Format
-
-from refold.eventstore import arrays
+from psycopg.pq import ExecStatus, Format
+from psycopg.pq.abc import PGresult
 
 #: Seconds that connecting may take.
 CONNECT_TIMEOUT = 5
@@ -39,13 +38,44 @@ class _RawJsonbLoader(Loader):
         return msgspec.Raw(bytes(data)[1:])  # after the format's version
 
 
-async def connect(dsn: str, application: str) -> AsyncConnection[Any]:
+class StoreConnection(AsyncConnection[Any]):
+    """A connection that can also call a query with parameters that are in the binary format already."""
+
+    def __init__(self, pgconn: psycopg.pq.abc.PGconn) -> None:
+        super().__init__(pgconn)
+        self._prepared_calls: set[bytes] = set()
+
+    async def call(self, name: bytes, query: bytes, parameters: Sequence[bytes]) -> PGresult:
+        """Run `query`, prepared as `name` on first use, and return its result in the binary format.
+
+        A cursor converts parameters and results in Python, one by one; for an append that is a good part of its time.
+
+        Raises:
+            psycopg.Error: what PostgreSQL answered.
+        """
+        async with self.lock:
+            if name not in self._prepared_calls:
+                self.pgconn.send_prepare(name, query)
+                await self._result(ExecStatus.COMMAND_OK)
+                self._prepared_calls.add(name)
+            formats = [Format.BINARY] * len(parameters)
+            self.pgconn.send_query_prepared(name, parameters, formats, result_format=Format.BINARY)
+            return await self._result(ExecStatus.TUPLES_OK)
+
+    async def _result(self, expected: ExecStatus) -> PGresult:
+        result: PGresult = (await self.wait(generators.execute(self.pgconn)))[-1]
+        if result.status != expected:
+            raise psycopg.errors.error_from_result(result)
+        return result
+
+
+async def connect(dsn: str, application: str) -> StoreConnection:
     """Return a connection (autocommit) set up for the event store.
 
     Raises:
         psycopg.OperationalError: PostgreSQL can't be reached in `CONNECT_TIMEOUT` seconds, or refuses.
     """
-    conn = await AsyncConnection.connect(
+    conn = await StoreConnection.connect(
         dsn,
         autocommit=True,
         connect_timeout=CONNECT_TIMEOUT,
@@ -56,7 +86,6 @@ async def connect(dsn: str, application: str) -> AsyncConnection[Any]:
         keepalives_count=3,
         tcp_user_timeout=10_000,
     )
-    arrays.register(conn)
     conn.adapters.register_loader("jsonb", _RawJsonbLoader)
     conn.prepare_threshold = 2
     conn.prepared_max = 4096
@@ -71,13 +100,13 @@ class Connections:
         self._dsn = dsn
         self._size = size
         self._application = application
-        self._idle: list[tuple[AsyncConnection[Any], float]] = []
+        self._idle: list[tuple[StoreConnection, float]] = []
         self._open = 0
         self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
         self._closed = False
 
     @contextlib.asynccontextmanager
-    async def lend(self, like: AsyncConnection[Any] | None = None) -> AsyncIterator[AsyncConnection[Any]]:
+    async def lend(self, like: StoreConnection | None = None) -> AsyncIterator[StoreConnection]:
         """Lend a connection; waits while all are lent.
 
         Args:

@@ -26,7 +26,7 @@ from refold.events import Event
 from refold.eventstore import appends, arrays, catalog, metrics
 from refold.eventstore.appends import Append, ExpectedRevision, Limits, NewEvent
 from refold.eventstore.catalog import Stream
-from refold.eventstore.connections import Connections
+from refold.eventstore.connections import Connections, StoreConnection
 from refold.eventstore.errors import (
     EventStoreError,
     IdConflictError,
@@ -483,12 +483,13 @@ class _Lane:
     def __init__(self, store: EventStore, stream: Stream) -> None:
         self.stream = stream
         self._running = False
-        self._connection: AsyncConnection[Any] | None = None  # the one used last
+        self._connection: StoreConnection | None = None  # the one used last
         self._store = store
         self._waiting: collections.deque[_Waiting] = collections.deque()
+        self._append_name = f"refold_append_{stream.stream}".encode()
         self._append = (
             sql.SQL("select outcomes, revisions, positions from {}.append_group({})")
-            .format(sql.Identifier(stream.schema), sql.SQL(", ").join([sql.SQL("%b")] * 18))
+            .format(sql.Identifier(stream.schema), sql.SQL(", ").join(sql.SQL(f"${n}") for n in range(1, 19)))
             .as_string()
             .encode()
         )
@@ -560,7 +561,7 @@ class _Lane:
         while group:
             try:
                 begin = time.perf_counter()
-                rows = await self._commit(group, careful=careful)
+                columns = await self._commit(group, careful=careful)
                 metrics.COMMIT.observe(time.perf_counter() - begin)
             except (psycopg.Error, OSError) as error:
                 state = getattr(error, "sqlstate", None) or ""
@@ -601,28 +602,24 @@ class _Lane:
                     await asyncio.sleep(pause)
                 attempt += 1
             else:
-                self._answer(group, rows)
+                self._answer(group, columns)
                 return
 
-    async def _commit(self, group: list[_Waiting], *, careful: bool) -> tuple[list[int], list[int], list[int | None]]:
+    async def _commit(self, group: list[_Waiting], *, careful: bool) -> list[tuple[int, ...]]:
         """Run the group's transaction; return outcomes, revisions and positions."""
         metrics.GROUP.observe(len(group))
         parts = [waiting.append for waiting in group]
         arguments = _arguments(self.stream.stream, parts, careful=careful)
         async with self._store._write.lend(self._connection) as conn:
             self._connection = conn
-            cursor = conn.cursor(binary=True)
-            await cursor.execute(self._append, arguments, prepare=True)
-            row: tuple[list[int], list[int], list[int | None]] | None = await cursor.fetchone()
-        assert row is not None, "a function with out parameters gives one row"
-        return row
+            result = await conn.call(self._append_name, self._append, arguments)
+        return [arrays.int8_values(result.get_value(0, column) or b"") for column in range(3)]
 
-    def _answer(self, group: list[_Waiting], rows: tuple[list[int], list[int], list[int | None]]) -> None:
+    def _answer(self, group: list[_Waiting], columns: list[tuple[int, ...]]) -> None:
         appended = replayed = 0
-        for waiting, outcome, revision, position in zip(group, *rows, strict=True):
+        for waiting, outcome, revision, position in zip(group, *columns, strict=True):
             append = waiting.append
             if outcome <= 1:
-                assert position is not None, "an append that was accepted has a position"
                 if outcome == 0:
                     appended += len(append.ids)
                 else:
@@ -650,7 +647,7 @@ class _Lane:
                 waiting.outcome.set_exception(error)
 
 
-def _arguments(stream: int, parts: Sequence[Append], *, careful: bool) -> list[Any]:
+def _arguments(stream: int, parts: Sequence[Append], *, careful: bool) -> list[bytes]:
     """Return the arguments of append_group for one group; see migrations/stream/0002_append.sql for what they are."""
     after = 0
     numbers: list[int] = []
@@ -682,9 +679,9 @@ def _arguments(stream: int, parts: Sequence[Append], *, careful: bool) -> list[A
             again.append(not known.isdisjoint(part.ids))
             known.update(part.ids)
     return [
-        Int4(stream),
+        stream.to_bytes(4, "big"),
         arrays.int4_array(sorted(partition_after)),
-        careful,
+        careful.to_bytes(1, "big"),
         arrays.text_array([part.subject_element for part in parts]),
         arrays.int4_array([part.partition for part in parts]),
         arrays.int8_array([part.expected for part in parts]),

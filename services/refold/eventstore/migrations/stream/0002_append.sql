@@ -12,7 +12,7 @@
 -- Only the service's own role may call this, since it believes all of that; `append` below computes it.
 --
 -- Out, per append: 0 appended, 1 replayed, 2 the expected revision is wrong, 3 an id is known with other content; then
--- the revision and the position of its last event (0, 1), or the subject's current revision and null (2, 3).
+-- the revision and the position of its last event (0, 1), or the subject's current revision and 0 (2, 3).
 --
 -- Where the expected revision is a number and right, ids aren't looked for first, since a retry expects a revision that
 -- has passed. Should one be known all the same, the unique index refuses the group, and the caller asks again, carefully.
@@ -27,7 +27,7 @@ create function :"schema".append_group(
   a_subject text[], a_partition integer[], a_expected bigint[], a_events integer[], a_after integer[],
   a_partition_after integer[], a_subject_before integer[], a_key integer[], a_again boolean[],
   e_append integer[], e_subject text[], e_id text[], e_type text[], e_data jsonb[], e_metadata jsonb[],
-  out outcomes smallint[], out revisions bigint[], out positions bigint[]
+  out outcomes bigint[], out revisions bigint[], out positions bigint[]
 )
 language plpgsql
 volatile security definer
@@ -107,7 +107,7 @@ begin
       where h.partition = a_partition[e.append] and h.subject = e.subject and h.id = e.id) is not null;
   end if;
 
-  outcomes := array_fill(0::smallint, array[v_count]);
+  outcomes := array_fill(0::bigint, array[v_count]);
   if v_keys is not null then
     select array_agg(n) into v_problems from unnest(a_key) with ordinality as t (key, n) where key = any (v_keys);
     v_shift := array_fill(0::bigint, array[cardinality(partitions)]);
@@ -162,7 +162,7 @@ begin
     else
       outcomes[i] := case when v_found = 0 then 2 else 3 end;
       revisions[i] := v_current;
-      positions[i] := null;
+      positions[i] := 0;
     end if;
   end loop;
 
@@ -261,7 +261,7 @@ begin
     a_subject, a_partition, a_expected, a_events, a_after, a_partition_after, a_subject_before, a_key, a_again,
     e_append, e_subject, e_id, e_type, e_data, e_metadata);
   return query
-    select (array['appended', 'replayed', 'revision-conflict', 'id-conflict'])[o + 1], r, q, p
+    select (array['appended', 'replayed', 'revision-conflict', 'id-conflict'])[o + 1], r, q, nullif(p, 0)
     from unnest(v.outcomes, v.revisions, a_partition, v.positions) with ordinality as t (o, r, q, p, n) order by n;
 end
 $$;
