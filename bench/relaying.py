@@ -1,7 +1,9 @@
 """A relay process for the time that a stream needs."""
 
+import contextlib
 import re
 import time
+from collections.abc import Iterator
 
 import httpx
 from refold.eventstore.catalog import Stream
@@ -9,21 +11,32 @@ from refold.eventstore.catalog import Stream
 from bench.appending import reveal
 from bench.servers import Servers
 from bench.waiting import until
+from hack.servers.platform import Service
+
+
+@contextlib.contextmanager
+def running_relay(servers: Servers) -> Iterator[Service]:
+    """Run a relay that is ready."""
+    process = servers.platform.relay()
+    process.up()
+    try:
+        until(
+            lambda: httpx.get(f"{process.url}/readyz", trust_env=False).status_code == httpx.codes.OK,
+            "the relay is ready",
+            log=process.log,
+        )
+        yield process
+    finally:
+        process.stop()
 
 
 def relay_all(servers: Servers, stream: Stream, count: int) -> float:
     """Reveal `stream` to a relay that is ready; return the seconds until its `count` events are committed."""
-    process = servers.platform.relay()
-    process.up()
-    try:
-        with httpx.Client(base_url=process.url, trust_env=False) as client:
-            until(lambda: client.get("/readyz").status_code == httpx.codes.OK, "the relay is ready", log=process.log)
-            began = time.perf_counter()
-            reveal(servers, stream)
-            until(lambda: _relayed(client, stream) >= count, f"{count} events are relayed", log=process.log)
-            return time.perf_counter() - began
-    finally:
-        process.stop()
+    with running_relay(servers) as process, httpx.Client(base_url=process.url, trust_env=False) as client:
+        began = time.perf_counter()
+        reveal(servers, stream)
+        until(lambda: _relayed(client, stream) >= count, f"{count} events are relayed", log=process.log)
+        return time.perf_counter() - began
 
 
 def _relayed(client: httpx.Client, stream: Stream) -> float:

@@ -22,7 +22,8 @@ class Run:
 class Comparison:
     """What to measure, beside which limit, and where one is given beside a second one.
 
-    `usual` is the limit's known rate in events/s on this kind of machine.
+    `usual` is the limit's known rate in events/s on this kind of machine. Where `latency` is set, the ratio is that of
+    the median latencies (less is better), else that of the rates (more is better).
     """
 
     workload: str
@@ -31,6 +32,7 @@ class Comparison:
     limit: Callable[[], Run]
     limit_name: str
     usual: float | None = None
+    latency: bool = False
     second: Callable[[], Run] | None = None
     second_name: str = ""
 
@@ -44,7 +46,7 @@ class Comparison:
         rates = [ours.events_per_s for ours, _ in pairs]
         limits = [limit.events_per_s for _, limit in pairs]
         latencies = sorted(value for ours, _ in pairs for value in ours.latencies_ms)
-        limit_latencies = [value for _, limit in pairs for value in limit.latencies_ms]
+        limit_latencies = sorted(value for _, limit in pairs for value in limit.latencies_ms)
         result: dict[str, Any] = {
             "workload": self.workload,
             "params": self.params,
@@ -56,9 +58,11 @@ class Comparison:
             "limit": {
                 "name": self.limit_name,
                 "events_per_s": round(statistics.median(limits)),
-                "p50_ms": percentile(sorted(limit_latencies), 0.5),
+                "p50_ms": percentile(limit_latencies, 0.5),
+                "p99_ms": percentile(limit_latencies, 0.99),
             },
-            "ratio": round(statistics.median(ours / limit for ours, limit in zip(rates, limits, strict=True)), 3),
+            "ratio": round(statistics.median(self._ratio(ours, limit) for ours, limit in pairs), 3),
+            "ratio_of": "p50_ms" if self.latency else "events_per_s",
         }  # fmt: skip
         if seconds:
             result["second_limit"] = {"name": self.second_name, "ratio": round(statistics.median(seconds), 3)}
@@ -67,6 +71,11 @@ class Comparison:
                 f"the limit reached less than {_VOID_BELOW} of its usual {self.usual:.0f}/s: a busy machine"
             )
         return result
+
+    def _ratio(self, ours: Run, limit: Run) -> float:
+        if self.latency:
+            return statistics.median(ours.latencies_ms) / statistics.median(limit.latencies_ms)
+        return ours.events_per_s / limit.events_per_s
 
 
 def percentile(ordered: list[float], share: float) -> float | None:

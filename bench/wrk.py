@@ -1,4 +1,4 @@
-"""Load by wrk: two threads, 32 connections, each with one request under way."""
+"""Load by wrk: two threads, by default 32 connections, each with one request under way."""
 
 import subprocess
 import tempfile
@@ -30,7 +30,9 @@ class Answers(msgspec.Struct, frozen=True):
         return Run(events_per_s=self.answered / self.seconds, latencies_ms=self.quantiles_ms)
 
 
-def load(url: str, requests: Sequence[str], *, method: str, token: str, seconds: int) -> Answers:
+def load(
+    url: str, requests: Sequence[str], *, method: str, token: str, seconds: int, connections: int = CONNECTIONS
+) -> Answers:
     """Send `requests` (see wrk.lua) by turns for `seconds`.
 
     Raises:
@@ -40,7 +42,7 @@ def load(url: str, requests: Sequence[str], *, method: str, token: str, seconds:
         file = Path(folder) / "requests"
         file.write_text("".join(f"{line}\n" for line in requests))
         command = [
-            "wrk", "-t", "2", "-c", str(CONNECTIONS), "-d", str(seconds), "-s", str(_SCRIPT), url, "--", str(file),
+            "wrk", "-t", "2", "-c", str(connections), "-d", str(seconds), "-s", str(_SCRIPT), url, "--", str(file),
             method, token,
         ]  # fmt: skip
         done = subprocess.run(command, check=False, capture_output=True, text=True)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from bench.orders import OrderEvent
 from bench.result import Comparison
 from bench.servers import Servers
-from bench.workloads import append_http, append_library, fold, query, rebuild, relay
+from bench.workloads import append_http, append_library, fold, query, rebuild, relay, relay_latency, two_replicas
 
 
 class Workload(NamedTuple):
@@ -26,5 +26,8 @@ WORKLOADS = {
     "http-bulk": Workload(append_http.http_bulk, 100_000),
     "rebuild": Workload(rebuild.rebuild, 500_000),
     "rebuild-topic": Workload(rebuild.rebuild_topic, 500_000),
+    "two-replicas-one-stream": Workload(two_replicas.one_stream, 50_000),
+    "two-replicas-two-streams": Workload(two_replicas.two_streams, 50_000),
+    "relay-latency": Workload(relay_latency.relay_latency, 2_400),
     "query": Workload(query.query, 50_000),
 }

@@ -30,7 +30,7 @@ def http_append(servers: Servers, events: Sequence[OrderEvent]) -> Comparison:
         workload="http-append",
         params={"events": len(events), "seconds": seconds, "connections": wrk.CONNECTIONS, "partitions": PARTITIONS},
         measured=lambda: _append(servers, events, seconds),
-        limit=lambda: asgi.loaded(_requests("limit", "limit", events), method="POST", seconds=seconds),
+        limit=lambda: asgi.loaded(append_requests("limit", "limit", events), method="POST", seconds=seconds),
         limit_name="a bare ASGI handler on uvicorn with httptools",
     )
 
@@ -47,19 +47,22 @@ def http_bulk(servers: Servers, events: Sequence[OrderEvent]) -> Comparison:
     )
 
 
-def _requests(namespace: str, name: str, events: Sequence[OrderEvent]) -> list[str]:
-    """Return the appends as wrk.lua takes them; of a subject's events any may be the first, since they go at once."""
+def append_requests(namespace: str, name: str, events: Sequence[OrderEvent], *, id_prefix: str = "") -> list[str]:
+    """Return the appends as wrk.lua takes them, expecting any revision, since a subject's events may go at once.
+
+    Two loads of one stream need an `id_prefix` each.
+    """
     return [
         f"/v1/streams/{namespace}/{name}/subjects/{urllib.parse.quote(event.subject, safe='')}/events"
-        f'\t{{"expectedRevision":"any","events":[{{"id":"\t","type":"{event.type}","data":{event.data.decode()}}}]}}'
+        f'\t{{"expectedRevision":"any","events":[{{"id":"{id_prefix}\t","type":"{event.type}","data":{event.data.decode()}}}]}}'
         for event in events
     ]
 
 
 def _append(servers: Servers, events: Sequence[OrderEvent], seconds: int) -> Run:
     stream = servers.stream()
-    requests = _requests(stream.namespace, stream.name, events)
-    process = _started(servers)
+    requests = append_requests(stream.namespace, stream.name, events)
+    process = started(servers)
     try:
         answers = wrk.load(process.url, requests, method="POST", token=TOKEN, seconds=seconds)
     finally:
@@ -73,7 +76,7 @@ def _append(servers: Servers, events: Sequence[OrderEvent], seconds: int) -> Run
 def _bulk(servers: Servers, events: Sequence[OrderEvent]) -> Run:
     stream = servers.stream()
     bodies = [_body(events[start : start + _LINES]) for start in range(0, len(events), _LINES)]
-    process = _started(servers)
+    process = started(servers)
     try:
         connection = http.client.HTTPConnection("127.0.0.1", process.port, timeout=120)
         began = time.perf_counter()
@@ -112,7 +115,8 @@ def _send(connection: http.client.HTTPConnection, stream: Stream, body: bytes) -
     return answer
 
 
-def _started(servers: Servers) -> Service:
+def started(servers: Servers) -> Service:
+    """Return an event-store process that is ready."""
     process = servers.platform.eventstore()
     process.up()
     until(

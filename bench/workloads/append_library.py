@@ -33,6 +33,7 @@ def append_1(servers: Servers, events: Sequence[OrderEvent]) -> Comparison:
         limit=lambda: postgres.insert_and_commit(servers.limit, events),
         limit_name="psycopg, one INSERT and commit after another",
         usual=1000 / 0.31,
+        latency=True,
     )
 
 
