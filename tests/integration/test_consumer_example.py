@@ -180,7 +180,9 @@ def test_the_example_is_killed_and_the_topic_forgets_and_every_sum_is_exact(
         for kill in range(5):  # at first in the store's pages, then in the topic
             example.start(lambda: example.position() >= 0)
             known = example.position()
+            deadline = time.monotonic() + 30
             while example.position() <= known or not (kill < 2 or example.in_step()):
+                assert time.monotonic() < deadline, f"it stands at {known}; {example.log}"
                 time.sleep(0.01)
             time.sleep(draw.uniform(0, 0.3))
             example.kill()
