@@ -22,7 +22,8 @@ _TABLE = """
 create table bench_limit (position bigint generated always as identity primary key, stream text not null,
   version int not null, type text not null, data jsonb not null, unique (stream, version))
 """
-_INSERT = "insert into bench_limit (stream, version, type, data) values (%s, %s, %s, %s)"
+#: Of subject, revision, type and data as JSON text.
+INSERT = "insert into bench_limit (stream, version, type, data) values (%s, %s, %s, %s)"
 #: Lives of five events in each client, as in the workload; the payload is a parameter, sent and parsed each time.
 _PGBENCH = r"""
 \set version :version % 5 + 1
@@ -34,7 +35,8 @@ insert into bench_limit (stream, version, type, data) values
 """
 
 
-def _fresh(dsn: str) -> None:
+def fresh(dsn: str) -> None:
+    """Make the limits' table, empty."""
     with psycopg.connect(dsn, autocommit=True) as conn:
         conn.execute("drop table if exists bench_limit")
         conn.execute(_TABLE)
@@ -59,7 +61,7 @@ def _pgbench(dsn: str, *arguments: str) -> float:
 
 def pgbench(dsn: str, events: Sequence[OrderEvent], *, clients: int) -> Run:
     """One INSERT and commit each by `clients` clients of `pgbench -M prepared`; the payload is a typical event's."""
-    _fresh(dsn)
+    fresh(dsn)
     mean = sum(len(event.data) for event in events) / len(events)
     typical = min(events, key=lambda event: abs(len(event.data) - mean))
     transactions = max(1, len(events) // clients)
@@ -87,14 +89,14 @@ def select_only(dsn: str, *, clients: int, seconds: int) -> Run:
 
 def insert_and_commit(dsn: str, events: Sequence[OrderEvent]) -> Run:
     """One INSERT and commit after another on one psycopg connection."""
-    _fresh(dsn)
+    fresh(dsn)
     rows = [(event.subject, event.revision, event.type, event.data.decode()) for event in events]
     latencies = []
     with psycopg.connect(dsn, autocommit=True, prepare_threshold=0) as conn:
         began = time.perf_counter()
         for row in rows:
             start = time.perf_counter()
-            conn.execute(_INSERT, row)
+            conn.execute(INSERT, row)
             latencies.append((time.perf_counter() - start) * 1000)
         seconds = time.perf_counter() - began
     _check(dsn, len(events))
@@ -103,7 +105,7 @@ def insert_and_commit(dsn: str, events: Sequence[OrderEvent]) -> Run:
 
 def executemany(dsn: str, events: Sequence[OrderEvent], *, batch: int, connections: int) -> Run:
     """Pipelined executemany, `batch` rows and one commit a time, on `connections` psycopg connections at once."""
-    _fresh(dsn)
+    fresh(dsn)
     batches = [
         [(event.subject, event.revision, event.type, event.data.decode()) for event in events[start : start + batch]]
         for start in range(0, len(events), batch)
@@ -118,7 +120,7 @@ def executemany(dsn: str, events: Sequence[OrderEvent], *, batch: int, connectio
             for rows in waiting:
                 start = time.perf_counter()
                 async with conn.cursor() as cursor:
-                    await cursor.executemany(_INSERT, rows)
+                    await cursor.executemany(INSERT, rows)
                 await conn.commit()
                 latencies.append((time.perf_counter() - start) * 1000)
 

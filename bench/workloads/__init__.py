@@ -6,7 +6,17 @@ from typing import NamedTuple
 from bench.orders import OrderEvent
 from bench.result import Comparison
 from bench.servers import Servers
-from bench.workloads import append_http, append_library, fold, query, rebuild, relay, relay_latency, two_replicas
+from bench.workloads import (
+    append_http,
+    append_library,
+    end_to_end,
+    fold,
+    query,
+    rebuild,
+    relay,
+    relay_latency,
+    two_replicas,
+)
 
 
 class Workload(NamedTuple):
@@ -29,5 +39,6 @@ WORKLOADS = {
     "two-replicas-one-stream": Workload(two_replicas.one_stream, 50_000),
     "two-replicas-two-streams": Workload(two_replicas.two_streams, 50_000),
     "relay-latency": Workload(relay_latency.relay_latency, 2_400),
+    "end-to-end": Workload(end_to_end.end_to_end, 2_400),
     "query": Workload(query.query, 50_000),
 }

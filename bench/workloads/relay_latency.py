@@ -29,6 +29,7 @@ def relay_latency(servers: Servers, events: Sequence[OrderEvent]) -> Comparison:
         measured=lambda: _run(servers, events),
         limit=lambda: kafka.transactions(servers.kafka.bootstrap, servers.topic(), events, rate=_RATE),
         limit_name="one bare transaction an event: from its begin until it is read",
+        usual=_RATE,
         latency=True,
     )
 

@@ -22,7 +22,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_every_workload_gives_right_results_beside_its_limit_and_leaves_given_servers_as_they_were(
     postgres: Postgres, kafka: Kafka
 ) -> None:
-    done = bench("--events", "400", "--runs", "1", "--store", postgres.dsn(), "--kafka", kafka.bootstrap)
+    done = bench("--events", "200", "--runs", "1", "--store", postgres.dsn(), "--kafka", kafka.bootstrap)
 
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
