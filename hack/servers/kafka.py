@@ -28,7 +28,7 @@ _SETTINGS = {
     "share.coordinator.state.topic.min.isr": "1",
     "log.retention.check.interval.ms": "1000",
     # a killed broker may register again once its former session has ended (9 s by default)
-    "broker.session.timeout.ms": "3000",
+    "broker.session.timeout.ms": "5000",
     "broker.heartbeat.interval.ms": "500",
 }
 

@@ -55,7 +55,7 @@ class Process:
         assert self._child is not None
         return self._child.pid
 
-    def start(self, ready: Callable[[], bool], *, timeout: float = 60) -> None:
+    def start(self, ready: Callable[[], bool], *, timeout: float = 180) -> None:
         """Start the process and wait until `ready` answers true.
 
         Raises:
