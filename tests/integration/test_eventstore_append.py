@@ -15,7 +15,8 @@ import msgspec
 import psycopg
 import pytest
 from refold import names, tokens
-from refold.eventstore import EventStore, Limits, NewEvent, catalog
+from refold.eventstore import EventStore, Limits, NewEvent, catalog, reads
+from refold.eventstore import lane as lanes
 from refold.eventstore import store as implementation
 from refold.eventstore.appends import MAX_DEPTH, MAX_NUMBER
 from refold.eventstore.errors import (
@@ -253,7 +254,7 @@ async def test_a_stream_is_found_as_soon_as_it_is_active(log: Log) -> None:
 async def test_reading_a_subject_goes_page_by_page_and_keeps_its_bounds(
     log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(implementation, "FIRST_PAGE_EVENTS", 2)
+    monkeypatch.setattr(reads, "FIRST_PAGE_EVENTS", 2)
     for batch in range(3):
         await log.append("s", *(f"{batch}-{n}" for n in range(10)))
     await log.append(in_one_partition(partition_of("s", 3), 1)[0], "other")
@@ -277,7 +278,7 @@ async def test_reading_a_subject_goes_page_by_page_and_keeps_its_bounds(
 
 
 async def test_a_page_is_bounded_in_bytes_too(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(implementation, "PAGE_BYTES", 50_000)
+    monkeypatch.setattr(reads, "PAGE_BYTES", 50_000)
     async with await EventStore.open(log.installed.service) as small:
         random = Random(1)
         events = [event(text) for _ in range(5) for text in (random.randbytes(20_000).hex(), "x" * 40_000)]
@@ -289,7 +290,7 @@ async def test_a_page_is_bounded_in_bytes_too(log: Log, monkeypatch: pytest.Monk
 async def test_reading_a_partition_gives_its_events_in_order_after_a_position(
     log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(implementation, "FIRST_PAGE_EVENTS", 2)
+    monkeypatch.setattr(reads, "FIRST_PAGE_EVENTS", 2)
     subjects = in_one_partition(1, 4)
     for n in range(20):
         await log.append(subjects[n % 4], str(n))
@@ -374,7 +375,7 @@ async def test_while_postgresql_is_away_appends_wait_and_then_are_given_up(
     postgres: Postgres, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert (await log.append("s", "1")).revision == 1
-    monkeypatch.setattr(implementation, "PATIENCE", 1.0)
+    monkeypatch.setattr(lanes, "PATIENCE", 1.0)
     postgres.stop()
     try:
         outcome = await log.append("s", "2")
@@ -383,7 +384,7 @@ async def test_while_postgresql_is_away_appends_wait_and_then_are_given_up(
             await log.store.ping()
         with pytest.raises(UnavailableError):
             await log.read("s")
-        monkeypatch.setattr(implementation, "PATIENCE", 60.0)
+        monkeypatch.setattr(lanes, "PATIENCE", 60.0)
         waiting = asyncio.create_task(log.append("s", "2", expected_revision=1))
         await asyncio.sleep(0.2)
     finally:

@@ -308,7 +308,7 @@ def test_what_was_done_is_counted(api: Served) -> None:
 def test_without_its_database_it_is_alive_but_not_ready_and_says_when_to_try_again(
     api: Served, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("refold.eventstore.store.PATIENCE", 0.5)
+    monkeypatch.setattr("refold.eventstore.lane.PATIENCE", 0.5)
     postgres.stop()
     try:
         assert api.ask("/healthz").status == 200

@@ -4,6 +4,7 @@
 """
 
 from refold.eventstore.appends import ExpectedRevision, Limits, NewEvent
-from refold.eventstore.store import AppendResult, EventStore
+from refold.eventstore.lane import AppendResult
+from refold.eventstore.store import EventStore
 
 __all__ = ["AppendResult", "EventStore", "ExpectedRevision", "Limits", "NewEvent"]

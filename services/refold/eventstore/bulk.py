@@ -19,8 +19,9 @@ from starlette.types import Receive, Scope, Send
 from refold.eventstore.appends import ExpectedRevision, NewEvent
 from refold.eventstore.catalog import Stream
 from refold.eventstore.errors import EventStoreError, OverloadedError, UnavailableError
+from refold.eventstore.lane import AppendResult
 from refold.eventstore.problems import from_error, json_problem
-from refold.eventstore.store import AppendResult, EventStore
+from refold.eventstore.store import EventStore
 from refold.web.openapi import NDJSON
 from refold.web.problems import Problem, ProblemBody
 

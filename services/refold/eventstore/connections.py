@@ -8,8 +8,8 @@ import asyncio
 import collections
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 import psycopg
@@ -17,6 +17,10 @@ from psycopg import AsyncConnection, generators
 from psycopg.adapt import Buffer, Loader
 from psycopg.pq import ExecStatus, Format
 from psycopg.pq.abc import PGresult
+
+from refold.eventstore.errors import UnavailableError
+
+_T = TypeVar("_T")
 
 #: Seconds that connecting may take.
 CONNECT_TIMEOUT = 5
@@ -154,6 +158,25 @@ class Connections:
                 for one in stale:
                     await one.close()
             self._wake()
+
+    async def ask(self, read: Callable[[AsyncConnection[Any]], Awaitable[_T]], *, seconds: float) -> _T:
+        """Return what `read` reads, asked once more where a connection had broken while it was idle.
+
+        Raises:
+            UnavailableError: PostgreSQL can't be reached, or doesn't answer in `seconds`.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                try:
+                    async with self.lend() as conn:
+                        return await read(conn)
+                except psycopg.OperationalError:
+                    async with self.lend() as conn:
+                        return await read(conn)
+        except (psycopg.OperationalError, TimeoutError, OSError) as error:
+            raise UnavailableError(
+                f"the event store's PostgreSQL can't be asked: {str(error) or f'no answer in {seconds:g} s'}"
+            ) from error
 
     def _wake(self) -> None:
         while self._waiting:

@@ -12,8 +12,9 @@ from refold.events import Event
 from refold.eventstore.appends import ExpectedRevision, Limits, NewEvent
 from refold.eventstore.bulk import Bulk, BulkAnswer, BulkAppend
 from refold.eventstore.errors import EventStoreError
+from refold.eventstore.lane import AppendResult
 from refold.eventstore.problems import from_error, json_problem
-from refold.eventstore.store import AppendResult, EventStore
+from refold.eventstore.store import EventStore
 from refold.web import bodies, paths
 from refold.web.openapi import NDJSON, Operation, Parameter
 from refold.web.problems import Problem

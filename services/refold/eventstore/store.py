@@ -1,97 +1,35 @@
-"""The event store as a library: append with group commit, read in pages.
-
-Appends that wait for a stream go together in its next transaction; one transaction is in flight per stream and
-process, and no timer delays a lone append. Each append has its own outcome. A group that the database refuses as a
-whole is split until the guilty append stands alone. A group whose connection breaks is run again, also where its
-outcome is unknown: events carry ids, so what was committed is found and answered with its first outcome.
-"""
+"""The event store as a library: its streams, appends with group commit, reads in pages."""
 
 import asyncio
-import collections
 import contextlib
 import datetime as dt
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, NamedTuple, Self, TypeVar
+from collections.abc import AsyncIterator, Sequence
+from typing import Self
 
 import psycopg
 import structlog
-from psycopg import AsyncConnection, sql
-from psycopg.rows import args_row
-from psycopg.types.numeric import Int4, Int8
 
-from refold import names, tokens
+from refold import names
 from refold.events import Event
-from refold.eventstore import appends, arrays, catalog, metrics
-from refold.eventstore.appends import Append, ExpectedRevision, Limits, NewEvent
+from refold.eventstore import appends, catalog, metrics, reads
+from refold.eventstore.appends import ExpectedRevision, Limits, NewEvent
 from refold.eventstore.catalog import Stream
-from refold.eventstore.connections import Connections, StoreConnection
-from refold.eventstore.errors import (
-    EventStoreError,
-    IdConflictError,
-    InvalidAppendError,
-    OverloadedError,
-    RevisionConflictError,
-    UnavailableError,
-    UnknownStreamError,
-)
+from refold.eventstore.connections import Connections
+from refold.eventstore.errors import EventStoreError, OverloadedError, UnavailableError, UnknownStreamError
+from refold.eventstore.lane import AppendResult, Lane, Waiting
 
 log = structlog.get_logger(__name__)
-_T = TypeVar("_T")
 
 #: Appends and bytes that may wait in one process; beyond, appends are refused at once.
 MAX_WAITING = 10_000
 MAX_WAITING_BYTES = 128 * 1024 * 1024
-#: A group has at most this many events and bytes (but always one append).
-GROUP_EVENTS = 2000
-GROUP_BYTES = 4 * 1024 * 1024
-#: Seconds that an append may wait for PostgreSQL before it is given up as unavailable.
-PATIENCE = 10.0
-#: A page of a read has at most this many events, and about this many bytes as they are stored.
-PAGE_EVENTS = 1000
-FIRST_PAGE_EVENTS = 250
-PAGE_BYTES = 2 * 1024 * 1024
 #: Seconds between two looks at the catalog, and the least between two that unknown names ask for.
 REFRESH = 5.0
 REFRESH_ON_MISS = 0.25
 #: Seconds that notifications are held together after one was sent.
 _NOTIFY_GAP = 0.005
-#: Seconds before a group is tried again: at first, and at most.
-_BACK_OFF = (0.05, 1.0)
-_MAX = 2**63 - 1
-
-_NOT_SERVED = "RF001"
-#: Errors that a later attempt may not meet: the server stops, starts, fails over, is full, or ended a deadlock.
-_TRANSIENT = ("08", "40", "53", "57")
-#: Errors that lie in what was sent.
-_GUILTY = ("22", "23", "54", "RF")
-
-
-class AppendResult(NamedTuple):
-    """What an append did.
-
-    `revision` and `position` are its last event's; `replayed` says that the events were there already, from an earlier
-    attempt; `incarnation` is the stream's.
-    """
-
-    revision: int
-    partition: int
-    position: int
-    replayed: bool
-    incarnation: str
-
-    @property
-    def token(self) -> str:
-        """The token that makes a query wait until it has seen this append."""
-        return tokens.encode([tokens.Position(self.incarnation, self.partition, self.position)])
-
-
-class _Waiting(NamedTuple):
-    append: Append
-    expected: ExpectedRevision
-    since: float
-    outcome: asyncio.Future[AppendResult]
 
 
 class EventStore:
@@ -105,7 +43,7 @@ class EventStore:
         self._write = Connections(dsn, size=write_connections, application="refold-eventstore-append")
         self._read = Connections(dsn, size=read_connections, application="refold-eventstore-read")
         self._control = Connections(dsn, size=2, application="refold-eventstore")
-        self._lanes: dict[tuple[str, str], _Lane] = {}
+        self._lanes: dict[tuple[str, str], Lane] = {}
         self._refreshed = -REFRESH
         self._refused: str | None = None
         self._refreshing = asyncio.Lock()
@@ -248,7 +186,7 @@ class EventStore:
                 _count_refusal(error)
 
         outcome.add_done_callback(settled)
-        lane.add(_Waiting(checked, expected_revision, time.monotonic(), outcome))
+        lane.add(Waiting(checked, expected_revision, time.monotonic(), outcome))
         return outcome
 
     async def subject_pages(
@@ -278,19 +216,10 @@ class EventStore:
             InvalidAppendError: the subject can't be one.
             UnavailableError: PostgreSQL can't be reached.
         """
-        lane = await self._lane(namespace, name)
-        appends.check_text("subject", subject, appends.MAX_SUBJECT_BYTES)
-        partition = appends.partition(subject, lane.stream.partitions)
-        limit = None if until is None else appends.utc(until)
-        last = _MAX if to_revision is None else min(to_revision, _MAX)
-        arguments = [Int4(partition), subject]
-        pages = self._pages(lane, lane.subject_page, arguments, max(0, from_revision - 1), last, lambda e: e.revision)
-        async for page in pages:
-            if limit is not None and page[-1].time > limit:
-                # The later ones are later still: recorded_at never decreases in a partition.
-                if wanted := [event for event in page if event.time <= limit]:
-                    yield wanted
-                return
+        stream = await self.stream(namespace, name)
+        async for page in reads.subject_pages(
+            self._read, stream, subject, from_revision=from_revision, to_revision=to_revision, until=until
+        ):
             yield page
 
     async def read_subject(
@@ -320,36 +249,9 @@ class EventStore:
             UnknownStreamError: there is no active stream of that name, or no such partition of it.
             UnavailableError: PostgreSQL can't be reached.
         """
-        lane = await self._lane(namespace, name)
-        if not 0 <= partition < lane.stream.partitions:
-            raise UnknownStreamError(
-                f"stream {namespace}/{name} has the partitions 0 to {lane.stream.partitions - 1}, not {partition}"
-            )
-        first = min(max(0, after), _MAX)
-        last = _MAX if limit is None else min(first + limit, _MAX)
-        async for page in self._pages(lane, lane.partition_page, [Int4(partition)], first, last, lambda e: e.position):
+        stream = await self.stream(namespace, name)
+        async for page in reads.partition_pages(self._read, stream, partition, after=after, limit=limit):
             yield page
-
-    @staticmethod
-    async def _pages(
-        lane: "_Lane", query: str, arguments: Sequence[Any], after: int, last: int, number: Callable[[Event], int]
-    ) -> AsyncIterator[list[Event]]:
-        """Yield the events numbered over `after` up to `last`, in pages; the numbers have no gaps."""
-        wanted = FIRST_PAGE_EVENTS
-        while after < last:
-            asked = min(wanted, PAGE_EVENTS, last - after)
-            page = await lane.read(query, [*arguments, Int8(after), Int8(asked)])
-            if not page:
-                return
-            yield page
-            after = number(page[-1])
-            if len(page) == asked:
-                wanted = 4 * asked
-                continue
-            size = sum(memoryview(event.data).nbytes + memoryview(event.metadata or b"").nbytes for event in page)
-            if size * 8 < PAGE_BYTES:
-                return  # the end cut the page, not its bytes: jsonb is at most 4 times as large as its text
-            wanted = 2 * len(page)
 
     async def read_partition(
         self, namespace: str, name: str, partition: int, *, after: int = 0, limit: int | None = None
@@ -375,9 +277,9 @@ class EventStore:
             NotInstalledError: it holds none.
             UnavailableError: it doesn't answer.
         """
-        await self.ask(self._control, catalog.store_id, seconds=3)
+        await self._control.ask(catalog.store_id, seconds=3)
 
-    async def _lane(self, namespace: str, name: str) -> "_Lane":
+    async def _lane(self, namespace: str, name: str) -> Lane:
         lane = self._lanes.get((namespace, name))
         if lane is None:
             asked = time.monotonic()
@@ -397,7 +299,7 @@ class EventStore:
         """Read the catalog; remember when, and what came of it, since every unknown name asks for it."""
         self._refreshed = time.monotonic()
         try:
-            found = await self.ask(self._control, catalog.list_streams, seconds=10)
+            found = await self._control.ask(catalog.list_streams, seconds=10)
             self._refused = None
         except EventStoreError as error:
             self._refused = str(error)
@@ -408,7 +310,9 @@ class EventStore:
         for key, stream in streams.items():
             lane = self._lanes.get(key)
             if lane is None or lane.stream.stream != stream.stream:
-                self._lanes[key] = _Lane(self, stream)
+                self._lanes[key] = Lane(
+                    stream, self._write, running=self._running, appended=self._note_appended, gone=self._forget
+                )
             else:
                 lane.stream = stream
 
@@ -421,7 +325,13 @@ class EventStore:
             except EventStoreError as error:
                 log.warning("The catalog can't be read; the known streams are served on", error=str(error))
 
-    def appended(self, stream: Stream) -> None:
+    def _forget(self, lane: Lane) -> None:
+        """Serve a stream no more that the database says isn't active, until the catalog says otherwise."""
+        key = lane.stream.namespace, lane.stream.name
+        if self._lanes.get(key) is lane:
+            del self._lanes[key]
+
+    def _note_appended(self, stream: Stream) -> None:
         """Note that `stream` has new events, committed now."""
         self._appended.add(stream.stream)
         self._appended_some.set()
@@ -451,275 +361,6 @@ class EventStore:
                 [names.APPENDED_CHANNEL, streams if len(streams) <= 100 else [""]],
             )
 
-    async def ask(
-        self, connections: Connections, read: Callable[[AsyncConnection[Any]], Awaitable[_T]], *, seconds: float
-    ) -> _T:
-        """Return what `read` reads, asked once more where a connection had broken while it was idle.
-
-        Raises:
-            UnavailableError: PostgreSQL can't be reached, or doesn't answer in `seconds`.
-        """
-        try:
-            async with asyncio.timeout(seconds):
-                try:
-                    async with connections.lend() as conn:
-                        return await read(conn)
-                except psycopg.OperationalError:
-                    async with connections.lend() as conn:
-                        return await read(conn)
-        except (psycopg.OperationalError, TimeoutError, OSError) as error:
-            raise UnavailableError(
-                f"the event store's PostgreSQL can't be asked: {str(error) or f'no answer in {seconds:g} s'}"
-            ) from error
-
 
 def _count_refusal(error: BaseException) -> None:
     metrics.REFUSED.labels(type(error).__name__.removesuffix("Error")).inc()
-
-
-class _Lane:
-    """One stream: the appends that wait for it, and the one transaction that is in flight."""
-
-    def __init__(self, store: EventStore, stream: Stream) -> None:
-        self.stream = stream
-        self._running = False
-        self._connection: StoreConnection | None = None  # the one used last
-        self._store = store
-        self._waiting: collections.deque[_Waiting] = collections.deque()
-        self._append_name = f"refold_append_{stream.stream}".encode()
-        self._append = (
-            sql.SQL("select outcomes, revisions, positions from {}.append_group({})")
-            .format(sql.Identifier(stream.schema), sql.SQL(", ").join(sql.SQL(f"${n}") for n in range(1, 19)))
-            .as_string()
-            .encode()
-        )
-        self.subject_page = _page(stream.schema, sql.SQL("partition = %b and subject = %b and"), "revision")
-        self.partition_page = _page(stream.schema, sql.SQL("partition = %b and"), "position")
-        label = f"{stream.namespace}/{stream.name}"
-        self._appended = metrics.APPENDED.labels(label)
-        self._replayed = metrics.REPLAYED.labels(label)
-
-    def add(self, waiting: _Waiting) -> None:
-        self._waiting.append(waiting)
-        if not self._running:
-            self._running = True
-            task = asyncio.create_task(self._run())
-            self._store._running.add(task)
-            task.add_done_callback(self._store._running.discard)
-
-    async def read(self, query: str, arguments: Sequence[Any]) -> list[Event]:
-        """Return one page, read in a transaction of its own."""
-
-        async def fetch(conn: AsyncConnection[Any]) -> list[Event]:
-            cursor = conn.cursor(binary=True, row_factory=args_row(Event))
-            await cursor.execute(query.encode(), arguments, prepare=True)
-            return await cursor.fetchall()
-
-        try:
-            return await self._store.ask(self._store._read, fetch, seconds=30)
-        except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName) as error:
-            raise self._gone() from error
-
-    def _gone(self) -> UnknownStreamError:
-        return UnknownStreamError(
-            f"stream {self.stream.namespace}/{self.stream.name} isn't active any more; is its EventStream Ready?"
-        )
-
-    async def _run(self) -> None:
-        """Commit group after group until nobody waits."""
-        group: list[_Waiting] = []
-        try:
-            while self._waiting:
-                group = self._take()
-                await self._settle(group)
-        finally:
-            self._running = False
-            # Nobody is left waiting, whatever went wrong here.
-            self._fail([*group, *self._waiting], EventStoreError("the event store failed unexpectedly, see its log"))
-            self._waiting.clear()
-
-    def _take(self) -> list[_Waiting]:
-        """Take the appends of the next group, in the order in which they came."""
-        group: list[_Waiting] = []
-        events = size = 0
-        while self._waiting:
-            if self._waiting[0].outcome.cancelled():
-                self._waiting.popleft()  # its caller left before the transaction
-                continue
-            append = self._waiting[0].append
-            events += len(append.ids)
-            size += append.size
-            if group and (events > GROUP_EVENTS or size > GROUP_BYTES):
-                break
-            group.append(self._waiting.popleft())
-        return group
-
-    async def _settle(self, group: list[_Waiting]) -> None:
-        """Give each append of the group its outcome."""
-        attempt = 0
-        careful = False
-        while group:
-            try:
-                begin = time.perf_counter()
-                columns = await self._commit(group, careful=careful)
-                metrics.COMMIT.observe(time.perf_counter() - begin)
-            except (psycopg.Error, OSError) as error:
-                state = getattr(error, "sqlstate", None) or ""
-                if state == _NOT_SERVED or isinstance(
-                    error, psycopg.errors.InvalidSchemaName | psycopg.errors.UndefinedFunction
-                ):
-                    self._fail(group, self._gone())
-                    self._store._lanes.pop((self.stream.namespace, self.stream.name), None)
-                    return
-                if isinstance(error, psycopg.errors.UniqueViolation) and not careful:
-                    careful = True  # an id is known although the expected revision is right: look for ids first
-                    continue
-                if state.startswith(_GUILTY):
-                    if len(group) == 1:
-                        self._fail(group, InvalidAppendError("events", f"PostgreSQL refused it: {error}"))
-                        return
-                    middle = len(group) // 2
-                    await self._settle(group[:middle])
-                    group = group[middle:]
-                    continue
-                if not isinstance(error, psycopg.OperationalError | OSError) and not state.startswith(_TRANSIENT):
-                    log.error("A group of appends failed unexpectedly", stream=self.stream.schema, exc_info=error)
-                    self._fail(group, EventStoreError(f"PostgreSQL answered what was not foreseen ({state or error})"))
-                    return
-                metrics.RETRIES.inc()
-                late = time.monotonic() - PATIENCE
-                self._fail(
-                    [waiting for waiting in group if waiting.since < late],
-                    UnavailableError(
-                        f"PostgreSQL couldn't be asked for {PATIENCE:g} s: {error}; whether the events were appended "
-                        "is unknown, repeat the append with the same ids"
-                    ),
-                )
-                group = [waiting for waiting in group if waiting.since >= late]
-                if attempt:  # not before the first: a connection that broke while it was idle is no reason to wait
-                    least, most = _BACK_OFF
-                    pause = min(most, least * 2**attempt) * random.uniform(0.5, 1)  # noqa: S311 (spreads load)
-                    await asyncio.sleep(pause)
-                attempt += 1
-            else:
-                self._answer(group, columns)
-                return
-
-    async def _commit(self, group: list[_Waiting], *, careful: bool) -> list[tuple[int, ...]]:
-        """Run the group's transaction; return outcomes, revisions and positions."""
-        metrics.GROUP.observe(len(group))
-        parts = [waiting.append for waiting in group]
-        arguments = _arguments(self.stream.stream, parts, careful=careful)
-        async with self._store._write.lend(self._connection) as conn:
-            self._connection = conn
-            result = await conn.call(self._append_name, self._append, arguments)
-        return [arrays.int8_values(result.get_value(0, column) or b"") for column in range(3)]
-
-    def _answer(self, group: list[_Waiting], columns: list[tuple[int, ...]]) -> None:
-        appended = replayed = 0
-        for waiting, outcome, revision, position in zip(group, *columns, strict=True):
-            append = waiting.append
-            if outcome <= 1:
-                if outcome == 0:
-                    appended += len(append.ids)
-                else:
-                    replayed += 1
-                if not waiting.outcome.done():
-                    waiting.outcome.set_result(
-                        AppendResult(revision, append.partition, position, outcome == 1, self.stream.incarnation)
-                    )
-            elif outcome == 2:
-                self._fail([waiting], RevisionConflictError(append.subject, waiting.expected, revision))
-            else:
-                self._fail([waiting], IdConflictError(append.subject, revision))
-        if appended:
-            self._appended.inc(appended)
-            self._store.appended(self.stream)
-        if replayed:
-            self._replayed.inc(replayed)
-            # It may be this group's own first attempt that nobody told of.
-            self._store.appended(self.stream)
-
-    @staticmethod
-    def _fail(group: Sequence[_Waiting], error: EventStoreError) -> None:
-        for waiting in group:
-            if not waiting.outcome.done():
-                waiting.outcome.set_exception(error)
-
-
-def _arguments(stream: int, parts: Sequence[Append], *, careful: bool) -> list[bytes]:
-    """Return the arguments of append_group for one group; see migrations/stream/0002_append.sql for what they are."""
-    after = 0
-    numbers: list[int] = []
-    afters: list[int] = []
-    partition_after: dict[int, int] = {}
-    partition_afters: list[int] = []
-    subject_before: dict[bytes, int] = {}
-    subject_befores: list[int] = []
-    keys: dict[bytes, int] = {}
-    again: list[bool] = []
-    ids: dict[bytes, set[bytes]] = {}
-    for number, part in enumerate(parts, 1):
-        count = len(part.ids)
-        after += count
-        afters.append(after)
-        numbers += [number] * count
-        partition_after[part.partition] = partition_after.get(part.partition, 0) + count
-        partition_afters.append(partition_after[part.partition])
-        subject = part.subject_element
-        before = subject_before.get(subject, 0)
-        subject_befores.append(before)
-        subject_before[subject] = before + count
-        keys.setdefault(subject, number)
-        known = ids.get(subject)
-        if known is None:
-            ids[subject] = set(part.ids)
-            again.append(False)
-        else:
-            again.append(not known.isdisjoint(part.ids))
-            known.update(part.ids)
-    return [
-        stream.to_bytes(4, "big"),
-        arrays.int4_array(sorted(partition_after)),
-        careful.to_bytes(1, "big"),
-        arrays.text_array([part.subject_element for part in parts]),
-        arrays.int4_array([part.partition for part in parts]),
-        arrays.int8_array([part.expected for part in parts]),
-        arrays.int4_array([len(part.ids) for part in parts]),
-        arrays.int4_array(afters),
-        arrays.int4_array(partition_afters),
-        arrays.int4_array(subject_befores),
-        arrays.int4_array([keys[part.subject_element] for part in parts]),
-        arrays.bool_array(again),
-        arrays.int4_array(numbers),
-        arrays.text_array([part.subject_element for part in parts for _ in part.ids]),
-        arrays.text_array([element for part in parts for element in part.ids]),
-        arrays.text_array([element for part in parts for element in part.types]),
-        arrays.jsonb_array([element for part in parts for element in part.data]),
-        arrays.jsonb_array([element for part in parts for element in part.metadata]),
-    ]
-
-
-def _page(schema: str, where: sql.Composable, key: str) -> str:
-    """Return the query for a page: at least one event, and no more once `PAGE_BYTES` are reached."""
-    # Sizes are those in storage, where only large values are compressed; those are unpacked to be measured.
-    size = sql.SQL(
-        "case when pg_column_compression({0}) is null then pg_column_size({0}) else octet_length({0}::text) end"
-    )
-    return (
-        sql.SQL(
-            "select partition, position, subject, revision, id, type, recorded_at, data, metadata from ("
-            "select *, sum(size) over (order by {key} rows between unbounded preceding and 1 preceding) as before "
-            "from (select *, {data} + coalesce({metadata}, 0) as size from {schema}.events where {where} {key} > %b "
-            "order by {key} limit %b) candidates) page where before is null or before < {bytes} order by {key}"
-        )
-        .format(
-            key=sql.Identifier(key),
-            data=size.format(sql.Identifier("data")),
-            metadata=size.format(sql.Identifier("metadata")),
-            schema=sql.Identifier(schema),
-            where=where,
-            bytes=PAGE_BYTES,
-        )
-        .as_string()
-    )

@@ -1,0 +1,71 @@
+"""One group of appends as the arguments of `append_group`; see migrations/stream/0002_append.sql for what they are."""
+
+from collections.abc import Sequence
+
+from psycopg import sql
+
+from refold.eventstore import arrays
+from refold.eventstore.appends import Append
+
+
+def query(schema: str) -> bytes:
+    """Return the query that appends a group to the stream of `schema`, and gives outcomes, revisions and positions."""
+    return (
+        sql.SQL("select outcomes, revisions, positions from {}.append_group({})")
+        .format(sql.Identifier(schema), sql.SQL(", ").join(sql.SQL(f"${n}") for n in range(1, 19)))
+        .as_string()
+        .encode()
+    )
+
+
+def arguments(stream: int, parts: Sequence[Append], *, careful: bool) -> list[bytes]:
+    """Return the parameters of `query`, in the binary format, for `parts` in their order."""
+    after = 0
+    numbers: list[int] = []
+    afters: list[int] = []
+    partition_after: dict[int, int] = {}
+    partition_afters: list[int] = []
+    subject_before: dict[bytes, int] = {}
+    subject_befores: list[int] = []
+    keys: dict[bytes, int] = {}
+    again: list[bool] = []
+    ids: dict[bytes, set[bytes]] = {}
+    for number, part in enumerate(parts, 1):
+        count = len(part.ids)
+        after += count
+        afters.append(after)
+        numbers += [number] * count
+        partition_after[part.partition] = partition_after.get(part.partition, 0) + count
+        partition_afters.append(partition_after[part.partition])
+        subject = part.subject_element
+        before = subject_before.get(subject, 0)
+        subject_befores.append(before)
+        subject_before[subject] = before + count
+        keys.setdefault(subject, number)
+        known = ids.get(subject)
+        if known is None:
+            ids[subject] = set(part.ids)
+            again.append(False)
+        else:
+            again.append(not known.isdisjoint(part.ids))
+            known.update(part.ids)
+    return [
+        stream.to_bytes(4, "big"),
+        arrays.int4_array(sorted(partition_after)),
+        careful.to_bytes(1, "big"),
+        arrays.text_array([part.subject_element for part in parts]),
+        arrays.int4_array([part.partition for part in parts]),
+        arrays.int8_array([part.expected for part in parts]),
+        arrays.int4_array([len(part.ids) for part in parts]),
+        arrays.int4_array(afters),
+        arrays.int4_array(partition_afters),
+        arrays.int4_array(subject_befores),
+        arrays.int4_array([keys[part.subject_element] for part in parts]),
+        arrays.bool_array(again),
+        arrays.int4_array(numbers),
+        arrays.text_array([part.subject_element for part in parts for _ in part.ids]),
+        arrays.text_array([element for part in parts for element in part.ids]),
+        arrays.text_array([element for part in parts for element in part.types]),
+        arrays.jsonb_array([element for part in parts for element in part.data]),
+        arrays.jsonb_array([element for part in parts for element in part.metadata]),
+    ]

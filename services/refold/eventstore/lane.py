@@ -1,0 +1,241 @@
+"""One stream's appends: group commit.
+
+Appends that wait for a stream go together in its next transaction; one transaction is in flight per stream and
+process, and no timer delays a lone append. Each append has its own outcome. A group that the database refuses as a
+whole is split until the guilty append stands alone. A group whose connection breaks is run again, also where its
+outcome is unknown: events carry ids, so what was committed is found and answered with its first outcome.
+"""
+
+import asyncio
+import collections
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import psycopg
+import structlog
+
+from refold import tokens
+from refold.eventstore import arrays, group_call, metrics
+from refold.eventstore.appends import Append, ExpectedRevision
+from refold.eventstore.catalog import Stream
+from refold.eventstore.connections import Connections, StoreConnection
+from refold.eventstore.errors import (
+    EventStoreError,
+    IdConflictError,
+    InvalidAppendError,
+    RevisionConflictError,
+    UnavailableError,
+    UnknownStreamError,
+)
+
+log = structlog.get_logger(__name__)
+
+#: A group has at most this many events and bytes (but always one append).
+GROUP_EVENTS = 2000
+GROUP_BYTES = 4 * 1024 * 1024
+#: Seconds that an append may wait for PostgreSQL before it is given up as unavailable.
+PATIENCE = 10.0
+#: Seconds before a group is tried again: at first, and at most.
+_BACK_OFF = (0.05, 1.0)
+
+_NOT_SERVED = "RF001"
+#: Errors that a later attempt may not meet: the server stops, starts, fails over, is full, or ended a deadlock.
+_TRANSIENT = ("08", "40", "53", "57")
+#: Errors that lie in what was sent.
+_GUILTY = ("22", "23", "54", "RF")
+
+
+class AppendResult(NamedTuple):
+    """What an append did.
+
+    `revision` and `position` are its last event's; `replayed` says that the events were there already, from an earlier
+    attempt; `incarnation` is the stream's.
+    """
+
+    revision: int
+    partition: int
+    position: int
+    replayed: bool
+    incarnation: str
+
+    @property
+    def token(self) -> str:
+        """The token that makes a query wait until it has seen this append."""
+        return tokens.encode([tokens.Position(self.incarnation, self.partition, self.position)])
+
+
+class Waiting(NamedTuple):
+    """An append that waits for its transaction, `since` (time.monotonic), and its outcome to come."""
+
+    append: Append
+    expected: ExpectedRevision
+    since: float
+    outcome: asyncio.Future[AppendResult]
+
+
+class Lane:
+    """One stream: the appends that wait for it, and the one transaction that is in flight."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        connections: Connections,
+        *,
+        running: set[asyncio.Task[None]],
+        appended: Callable[[Stream], None],
+        gone: Callable[["Lane"], None],
+    ) -> None:
+        """Make the lane of `stream`, which may be replaced by what the catalog says later.
+
+        Args:
+            stream: the stream.
+            connections: on which it appends.
+            running: where the lane's task stands while appends wait or are under way.
+            appended: is told when new events were committed.
+            gone: is told when the database says that the stream isn't active any more.
+        """
+        self.stream = stream
+        self._connections = connections
+        self._tasks = running
+        self._told = appended
+        self._gone = gone
+        self._running = False
+        self._connection: StoreConnection | None = None  # the one used last
+        self._waiting: collections.deque[Waiting] = collections.deque()
+        self._append_name = f"refold_append_{stream.stream}".encode()
+        self._append = group_call.query(stream.schema)
+        label = f"{stream.namespace}/{stream.name}"
+        self._appended = metrics.APPENDED.labels(label)
+        self._replayed = metrics.REPLAYED.labels(label)
+
+    def add(self, waiting: Waiting) -> None:
+        """Let an append wait for its transaction; they are applied in the order of these calls."""
+        self._waiting.append(waiting)
+        if not self._running:
+            self._running = True
+            task = asyncio.create_task(self._run())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _run(self) -> None:
+        """Commit group after group until nobody waits."""
+        group: list[Waiting] = []
+        try:
+            while self._waiting:
+                group = self._take()
+                await self._settle(group)
+        finally:
+            self._running = False
+            # Nobody is left waiting, whatever went wrong here.
+            self._fail([*group, *self._waiting], EventStoreError("the event store failed unexpectedly, see its log"))
+            self._waiting.clear()
+
+    def _take(self) -> list[Waiting]:
+        """Take the appends of the next group, in the order in which they came."""
+        group: list[Waiting] = []
+        events = size = 0
+        while self._waiting:
+            if self._waiting[0].outcome.cancelled():
+                self._waiting.popleft()  # its caller left before the transaction
+                continue
+            append = self._waiting[0].append
+            events += len(append.ids)
+            size += append.size
+            if group and (events > GROUP_EVENTS or size > GROUP_BYTES):
+                break
+            group.append(self._waiting.popleft())
+        return group
+
+    async def _settle(self, group: list[Waiting]) -> None:
+        """Give each append of the group its outcome."""
+        attempt = 0
+        careful = False
+        while group:
+            try:
+                begin = time.perf_counter()
+                columns = await self._commit(group, careful=careful)
+                metrics.COMMIT.observe(time.perf_counter() - begin)
+            except (psycopg.Error, OSError) as error:
+                state = getattr(error, "sqlstate", None) or ""
+                if state == _NOT_SERVED or isinstance(
+                    error, psycopg.errors.InvalidSchemaName | psycopg.errors.UndefinedFunction
+                ):
+                    self._fail(group, UnknownStreamError.inactive(self.stream.namespace, self.stream.name))
+                    self._gone(self)
+                    return
+                if isinstance(error, psycopg.errors.UniqueViolation) and not careful:
+                    careful = True  # an id is known although the expected revision is right: look for ids first
+                    continue
+                if state.startswith(_GUILTY):
+                    if len(group) == 1:
+                        self._fail(group, InvalidAppendError("events", f"PostgreSQL refused it: {error}"))
+                        return
+                    middle = len(group) // 2
+                    await self._settle(group[:middle])
+                    group = group[middle:]
+                    continue
+                if not isinstance(error, psycopg.OperationalError | OSError) and not state.startswith(_TRANSIENT):
+                    log.error("A group of appends failed unexpectedly", stream=self.stream.schema, exc_info=error)
+                    self._fail(group, EventStoreError(f"PostgreSQL answered what was not foreseen ({state or error})"))
+                    return
+                metrics.RETRIES.inc()
+                late = time.monotonic() - PATIENCE
+                self._fail(
+                    [waiting for waiting in group if waiting.since < late],
+                    UnavailableError(
+                        f"PostgreSQL couldn't be asked for {PATIENCE:g} s: {error}; whether the events were appended "
+                        "is unknown, repeat the append with the same ids"
+                    ),
+                )
+                group = [waiting for waiting in group if waiting.since >= late]
+                if attempt:  # not before the first: a connection that broke while it was idle is no reason to wait
+                    least, most = _BACK_OFF
+                    pause = min(most, least * 2**attempt) * random.uniform(0.5, 1)  # noqa: S311 (spreads load)
+                    await asyncio.sleep(pause)
+                attempt += 1
+            else:
+                self._answer(group, columns)
+                return
+
+    async def _commit(self, group: list[Waiting], *, careful: bool) -> list[tuple[int, ...]]:
+        """Run the group's transaction; return outcomes, revisions and positions."""
+        metrics.GROUP.observe(len(group))
+        parts = [waiting.append for waiting in group]
+        arguments = group_call.arguments(self.stream.stream, parts, careful=careful)
+        async with self._connections.lend(self._connection) as conn:
+            self._connection = conn
+            result = await conn.call(self._append_name, self._append, arguments)
+        return [arrays.int8_values(result.get_value(0, column) or b"") for column in range(3)]
+
+    def _answer(self, group: list[Waiting], columns: list[tuple[int, ...]]) -> None:
+        appended = replayed = 0
+        for waiting, outcome, revision, position in zip(group, *columns, strict=True):
+            append = waiting.append
+            if outcome <= 1:
+                if outcome == 0:
+                    appended += len(append.ids)
+                else:
+                    replayed += 1
+                if not waiting.outcome.done():
+                    waiting.outcome.set_result(
+                        AppendResult(revision, append.partition, position, outcome == 1, self.stream.incarnation)
+                    )
+            elif outcome == 2:
+                self._fail([waiting], RevisionConflictError(append.subject, waiting.expected, revision))
+            else:
+                self._fail([waiting], IdConflictError(append.subject, revision))
+        if appended:
+            self._appended.inc(appended)
+            self._told(self.stream)
+        if replayed:
+            self._replayed.inc(replayed)
+            # It may be this group's own first attempt that nobody told of.
+            self._told(self.stream)
+
+    @staticmethod
+    def _fail(group: Sequence[Waiting], error: EventStoreError) -> None:
+        for waiting in group:
+            if not waiting.outcome.done():
+                waiting.outcome.set_exception(error)
