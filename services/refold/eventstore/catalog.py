@@ -21,6 +21,7 @@ from psycopg.rows import class_row
 from refold import names
 from refold.eventstore import migrations, roles
 from refold.eventstore.errors import ConflictError, EventStoreError, NotInstalledError
+from refold.eventstore.online import LOCK_TIMEOUT, giving_way
 
 #: Held exclusively while a store is installed or upgraded, shared while a stream is claimed or dropped ("Refi").
 _INSTALL_LOCK = 0x52656669
@@ -63,43 +64,13 @@ async def install_store(conn: AsyncConnection[Any]) -> str:
 
     Raises:
         ConflictError: a role of the store exists and isn't Refold's.
-        EventStoreError: the database was installed by a later version of Refold.
+        EventStoreError: the database was installed by a later version of Refold, or other transactions hold its tables
+            for longer than a migration waits (see `refold.eventstore.online`).
         psycopg.Error: the role isn't allowed to (it needs CREATEROLE and must own the database), or isn't reachable.
     """
-    store_roles = _store_roles(conn)
-    async with conn.transaction():
-        await conn.execute("select pg_advisory_xact_lock(%s, 0)", [_INSTALL_LOCK])
-        await roles.ensure_group(conn, store_roles.values())
-        await roles.adopt_owner(conn, store_roles["owner"])
-        await _ensure_schema(conn, store_roles["owner"])
-        async with _as_owner(conn, store_roles["owner"]):
-            await conn.execute(
-                "create table if not exists refold.migrations ("
-                "number integer primary key, name text not null, applied_at timestamptz not null default now())"
-            )
-            cursor = await conn.execute("select coalesce(max(number), 0) from refold.migrations")
-            row = await cursor.fetchone()
-            applied = 0 if row is None else int(row[0])
-            available = migrations.load("store")
-            if applied > available[-1].number:
-                raise EventStoreError(
-                    f"the store in database {conn.info.dbname} is at migration {applied}, this version of Refold knows "
-                    f"{available[-1].number}: run a later version"
-                )
-            for migration in available:
-                if migration.number > applied:
-                    await conn.execute(
-                        migration.render({**store_roles, "store_id": secrets.token_hex(8)}).encode(), prepare=False
-                    )
-                    await conn.execute(
-                        "insert into refold.migrations (number, name) values (%s, %s)",
-                        [migration.number, migration.name],
-                    )
-            cursor = await conn.execute("select id from refold.store")
-            found = await cursor.fetchone()
-            assert found is not None, "the first migration writes this row"
+    found = await giving_way(conn, lambda: _migrate_store(conn))
     await _upgrade_streams(conn)
-    return str(found[0])
+    return found
 
 
 async def store_id(conn: AsyncConnection[Any]) -> str:
@@ -147,48 +118,52 @@ async def claim_stream(
         NotInstalledError: `install_store` wasn't run.
     """
     schema = names.event_schema(namespace, name)
-    try:
-        async with conn.transaction():
-            await conn.execute("select pg_advisory_xact_lock_shared(%s, 0)", [_INSTALL_LOCK])
-            async with (
-                _as_owner(conn, _store_roles(conn)["owner"]),
-                conn.cursor(row_factory=class_row(Stream)) as cursor,
-            ):
+
+    async def claim() -> Stream:
+        await conn.execute("select pg_advisory_xact_lock_shared(%s, 0)", [_INSTALL_LOCK])
+        async with (
+            _as_owner(conn, _store_roles(conn)["owner"]),
+            conn.cursor(row_factory=class_row(Stream)) as cursor,
+        ):
+            await cursor.execute(
+                _STREAMS
+                + sql.SQL(
+                    " where (namespace, name) = (%s, %s) or schema = %s or (kafka_cluster, topic) = (%s, %s) "
+                    "order by stream for update"
+                ),
+                [namespace, name, schema, kafka_cluster, topic],
+            )
+            known = await cursor.fetchall()
+            stream = _own(known, namespace=namespace, name=name, uid=uid, partitions=partitions, topic=topic)
+            if stream is None:
                 await cursor.execute(
-                    _STREAMS
-                    + sql.SQL(
-                        " where (namespace, name) = (%s, %s) or schema = %s or (kafka_cluster, topic) = (%s, %s) "
-                        "order by stream for update"
-                    ),
-                    [namespace, name, schema, kafka_cluster, topic],
+                    sql.SQL(
+                        "insert into refold.streams "
+                        "(namespace, name, incarnation, uid, schema, partitions, topic, kafka_cluster, state) "
+                        "values (%s, %s, %s, %s, %s, %s, %s, %s, 'claimed') returning {}"
+                    ).format(_COLUMNS),
+                    [namespace, name, secrets.token_hex(8), uid, schema, partitions, topic, kafka_cluster],
                 )
-                known = await cursor.fetchall()
-                stream = _own(known, namespace=namespace, name=name, uid=uid, partitions=partitions, topic=topic)
-                if stream is None:
-                    await cursor.execute(
-                        sql.SQL(
-                            "insert into refold.streams "
-                            "(namespace, name, incarnation, uid, schema, partitions, topic, kafka_cluster, state) "
-                            "values (%s, %s, %s, %s, %s, %s, %s, %s, 'claimed') returning {}"
-                        ).format(_COLUMNS),
-                        [namespace, name, secrets.token_hex(8), uid, schema, partitions, topic, kafka_cluster],
-                    )
-                    stream = await cursor.fetchone()
-                    assert stream is not None, "insert … returning gives the row"
-                elif stream.uid != uid or stream.kafka_cluster != kafka_cluster:
-                    await cursor.execute(
-                        sql.SQL(
-                            "update refold.streams set uid = %(uid)s, kafka_cluster = %(cluster)s, "
-                            "state = case when state = 'released' then 'claimed' else state end, "
-                            "topic_id = case when kafka_cluster = %(cluster)s then topic_id end "
-                            "where stream = %(stream)s returning {}"
-                        ).format(_COLUMNS),
-                        {"uid": uid, "cluster": kafka_cluster, "stream": stream.stream},
-                    )
-                    stream = await cursor.fetchone()
-                    assert stream is not None, "the row is locked, so it is there"
-            if stream.migration < migrations.load("stream")[-1].number:
-                stream = await _migrate_stream(conn, stream)
+                stream = await cursor.fetchone()
+                assert stream is not None, "insert … returning gives the row"
+            elif stream.uid != uid or stream.kafka_cluster != kafka_cluster:
+                await cursor.execute(
+                    sql.SQL(
+                        "update refold.streams set uid = %(uid)s, kafka_cluster = %(cluster)s, "
+                        "state = case when state = 'released' then 'claimed' else state end, "
+                        "topic_id = case when kafka_cluster = %(cluster)s then topic_id end "
+                        "where stream = %(stream)s returning {}"
+                    ).format(_COLUMNS),
+                    {"uid": uid, "cluster": kafka_cluster, "stream": stream.stream},
+                )
+                stream = await cursor.fetchone()
+                assert stream is not None, "the row is locked, so it is there"
+        if stream.migration < migrations.load("stream")[-1].number:
+            stream = await _migrate_stream(conn, stream)
+        return stream
+
+    try:
+        return await giving_way(conn, claim)
     except psycopg.errors.UniqueViolation as error:
         raise ConflictError(
             "name",
@@ -203,7 +178,6 @@ async def claim_stream(
         ) from error
     except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedObject) as error:
         raise _not_installed(conn) from error
-    return stream
 
 
 async def record_topic(conn: AsyncConnection[Any], stream: Stream, topic_id: str) -> Stream:
@@ -338,6 +312,43 @@ def _own(known: Sequence[Stream], *, namespace: str, name: str, uid: str, partit
     return own
 
 
+async def _migrate_store(conn: AsyncConnection[Any]) -> str:
+    """Apply the store migrations that are missing, in the caller's transaction; return the store's id."""
+    store_roles = _store_roles(conn)
+    await conn.execute("select pg_advisory_xact_lock(%s, 0)", [_INSTALL_LOCK])
+    await roles.ensure_group(conn, store_roles.values())
+    await roles.adopt_owner(conn, store_roles["owner"])
+    await _ensure_schema(conn, store_roles["owner"])
+    async with _as_owner(conn, store_roles["owner"]):
+        await conn.execute(LOCK_TIMEOUT)
+        await conn.execute(
+            "create table if not exists refold.migrations ("
+            "number integer primary key, name text not null, applied_at timestamptz not null default now())"
+        )
+        cursor = await conn.execute("select coalesce(max(number), 0) from refold.migrations")
+        row = await cursor.fetchone()
+        applied = 0 if row is None else int(row[0])
+        available = migrations.load("store")
+        if applied > available[-1].number:
+            raise EventStoreError(
+                f"the store in database {conn.info.dbname} is at migration {applied}, this version of Refold knows "
+                f"{available[-1].number}: run a later version"
+            )
+        for migration in available:
+            if migration.number > applied:
+                await conn.execute(
+                    migration.render({**store_roles, "store_id": secrets.token_hex(8)}).encode(), prepare=False
+                )
+                await conn.execute(
+                    "insert into refold.migrations (number, name) values (%s, %s)",
+                    [migration.number, migration.name],
+                )
+        cursor = await conn.execute("select id from refold.store")
+        found = await cursor.fetchone()
+        assert found is not None, "the first migration writes this row"
+    return str(found[0])
+
+
 async def _migrate_stream(conn: AsyncConnection[Any], stream: Stream) -> Stream:
     """Apply the stream migrations that are missing, in the caller's transaction."""
     stream_roles = _stream_roles(conn, stream.schema)
@@ -350,7 +361,7 @@ async def _migrate_stream(conn: AsyncConnection[Any], stream: Stream) -> Stream:
         "stream": stream.stream,
         "partitions": stream.partitions,
     }
-    statements = []
+    statements = [LOCK_TIMEOUT]
     if stream.migration == 0:
         statements += [
             sql.SQL("create schema {}").format(sql.Identifier(stream.schema)).as_string(),
@@ -375,12 +386,15 @@ async def _upgrade_streams(conn: AsyncConnection[Any]) -> None:
     """Apply missing stream migrations, a transaction a stream."""
     latest = migrations.load("stream")[-1].number
     for behind in await _select(conn, sql.SQL(" where migration < {} order by stream").format(latest)):
-        async with conn.transaction():
-            locked = sql.SQL(" where stream = {} and migration < {} for update").format(behind.stream, latest)
+        locked = sql.SQL(" where stream = {} and migration < {} for update").format(behind.stream, latest)
+
+        async def upgrade(locked: sql.Composable = locked) -> None:
             async with _as_owner(conn, _store_roles(conn)["owner"]):
                 found = await _select(conn, locked)
             for stream in found:
                 await _migrate_stream(conn, stream)
+
+        await giving_way(conn, upgrade)
 
 
 async def _ensure_schema(conn: AsyncConnection[Any], owner: str) -> None:
