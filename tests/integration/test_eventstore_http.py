@@ -284,6 +284,7 @@ def test_the_description_names_every_path(api: Served) -> None:
     assert described["paths"].keys() == {
         "/v1/streams/{namespace}/{name}/subjects/{subject}/events",
         "/v1/streams/{namespace}/{name}/events",
+        "/v1/streams/{namespace}/{name}/transactions",
         "/v1/streams/{namespace}/{name}/partitions/{partition}/events",
     }
 

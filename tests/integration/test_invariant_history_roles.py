@@ -65,9 +65,9 @@ async def everything(installed: Installed) -> list[list[tuple[Any, ...]]]:
     ]
 
 
-def forged_call(stream: str, partition: str) -> str:
-    """Return a call of the service's own function that puts an event into a partition of the caller's choice."""
-    return f"""select * from "shop.orders".append_group({stream}, array[{partition}], false,
+def forged_call(stream: str, partition: str, function: str = "append_group") -> str:
+    """Return a call of the service's own functions that puts an event into a partition of the caller's choice."""
+    return f"""select * from "shop.orders".{function}({stream}, array[{partition}], false,
         array['s'], array[{partition}], array[-1], array[1], array[1], array[1], array[0], array[1], array[false],
         array[1], array['s'], array['forged'], array['T'], array['1']::jsonb[], array[null]::jsonb[])"""
 
@@ -116,6 +116,7 @@ ATTACKS = [
     "create or replace function refold.refuse_change() returns trigger language plpgsql as $$ begin return old; end $$",
     "drop function refold.refuse_change() cascade",
     'drop function "shop.orders".append(jsonb)',
+    'drop function "shop.orders".append_all(jsonb)',
     "set session_replication_role = replica",
     "set role postgres",
     "set session authorization postgres",
@@ -164,14 +165,24 @@ async def test_each_role_reads_and_calls_what_it_is_for_and_nothing_else(install
         "catalog": "select * from refold.streams",
         "append to orders": "select * from \"shop.orders\".append('[]')",
         "append to other": "select * from \"shop.other\".append('[]')",
+        "append all to orders": "select * from \"shop.orders\".append_all('[]')",
+        "append all to other": "select * from \"shop.other\".append_all('[]')",
         "append with partitions": forged_call("0", "0"),
+        "append all with partitions": forged_call("0", "0", "append_all"),
         "copy": "copy \"shop.orders\".events to program 'true'",
     }
     allowed = {
-        "eventstore": {"events of orders", "events of other", "heads", "catalog", "append with partitions"},
+        "eventstore": {
+            "events of orders",
+            "events of other",
+            "heads",
+            "catalog",
+            "append with partitions",
+            "append all with partitions",
+        },
         "relay": {"events of orders", "events of other", "heads", "catalog"},
         "heads": {"heads", "catalog"},
-        "writer": {"append to orders"},
+        "writer": {"append to orders", "append all to orders"},
         "reader": {"events of orders"},
         "nobody": set(),
     }[login]
@@ -268,10 +279,11 @@ async def test_a_writer_appends_by_its_function_which_chooses_the_partition(inst
 async def test_a_forged_append_is_refused_whole(installed: Installed, forged: str) -> None:
     before = await everything(installed)
     async with connected(dsn(installed, "writer")) as conn:
-        with pytest.raises(psycopg.Error):
-            await conn.execute('select * from "shop.orders".append(%s)', [forged])
-        with pytest.raises(psycopg.Error):
-            await conn.execute('select * from "shop.orders".append(null)')
+        for function in ("append", "append_all"):
+            with pytest.raises(psycopg.Error):
+                await conn.execute(f'select * from "shop.orders".{function}(%s)'.encode(), [forged])
+            with pytest.raises(psycopg.Error):
+                await conn.execute(f'select * from "shop.orders".{function}(null)'.encode())
     assert await everything(installed) == before
 
 
@@ -281,7 +293,8 @@ async def test_the_service_is_refused_partitions_and_streams_that_are_not_there(
     before = await everything(installed)
     for number, partition in ((stream.stream, 3), (stream.stream, -1), (other.stream, 0), (999, 0), (None, 0)):
         async with connected(dsn(installed, "eventstore")) as conn:
-            with pytest.raises(psycopg.Error) as caught:
-                await conn.execute(forged_call(str(number or "null"), str(partition)).encode())
-            assert caught.value.sqlstate in ("RF001", "RF002")
+            for function in ("append_group", "append_all"):
+                with pytest.raises(psycopg.Error) as caught:
+                    await conn.execute(forged_call(str(number or "null"), str(partition), function).encode())
+                assert caught.value.sqlstate in ("RF001", "RF002")
     assert await everything(installed) == before

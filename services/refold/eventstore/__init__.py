@@ -3,8 +3,8 @@
 `EventStore` is the library, `server` the HTTP API around it, `catalog` what the operator does to a store.
 """
 
-from refold.eventstore.appends import ExpectedRevision, Limits, NewEvent
-from refold.eventstore.lane import AppendResult
+from refold.eventstore.appends import ExpectedRevision, Limits, NewEvent, SubjectAppend
+from refold.eventstore.lane import AllAppended, AppendResult
 from refold.eventstore.store import EventStore
 
-__all__ = ["AppendResult", "EventStore", "ExpectedRevision", "Limits", "NewEvent"]
+__all__ = ["AllAppended", "AppendResult", "EventStore", "ExpectedRevision", "Limits", "NewEvent", "SubjectAppend"]

@@ -83,6 +83,20 @@ class NewEvent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
 
+class SubjectAppend(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is appended to one subject, among others.
+
+    Args:
+        subject: what the events are about, 1 to 512 bytes.
+        events: at least one.
+        expected_revision: the subject's revision before the append, or `none` (0), `exists` (over 0) or `any`.
+    """
+
+    subject: str
+    events: list[NewEvent]
+    expected_revision: ExpectedRevision = msgspec.field(default="any", name="expectedRevision")
+
+
 @functools.cache
 def _encoder() -> msgspec.json.Encoder:
     return msgspec.json.Encoder(decimal_format="number")
@@ -175,6 +189,46 @@ def check(
         metadata=metadata,
         size=size + len(events) * len(subject_bytes),
     )
+
+
+def check_all(appends: Sequence[SubjectAppend], *, partitions: int, limits: Limits) -> list[Append]:
+    """Return the parts of an atomic append, checked and encoded; `limits` are of all of them together.
+
+    Raises:
+        InvalidAppendError: a field isn't what it must be, or a subject stands in it twice.
+        TooLargeError: a limit is exceeded.
+    """
+    if not appends:
+        raise InvalidAppendError("appends", "has no appends")
+    events = sum(len(append.events) for append in appends)
+    if events > limits.append_events:
+        raise TooLargeError("appends", f"has {events} events, at most {limits.append_events} are appended at once")
+    checked: list[Append] = []
+    first: dict[str, int] = {}
+    size = 0
+    for index, append in enumerate(appends):
+        before = first.setdefault(append.subject, index)
+        if before != index:
+            # Each has its own expected revision, and of two there is no telling which one is meant.
+            raise InvalidAppendError(
+                f"appends[{index}].subject",
+                f"{append.subject!r} stands in appends[{before}] already; give all events of a subject to one append",
+            )
+        try:
+            part = check(
+                append.subject,
+                append.events,
+                expected_revision=append.expected_revision,
+                partitions=partitions,
+                limits=limits,
+            )
+        except InvalidAppendError as error:
+            raise type(error)(f"appends[{index}].{error.field}", error.reason) from error
+        size += part.size - len(part.ids) * len(append.subject.encode())
+        checked.append(part)
+    if size > limits.append_bytes:
+        raise TooLargeError("appends", f"has {size} bytes, at most {limits.append_bytes} are appended at once")
+    return checked
 
 
 def check_text(field: str, value: str, most: int, index: int | None = None) -> bytes:

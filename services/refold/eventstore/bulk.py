@@ -16,7 +16,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from refold.eventstore.appends import ExpectedRevision, NewEvent
+from refold.eventstore.appends import SubjectAppend
 from refold.eventstore.catalog import Stream
 from refold.eventstore.errors import EventStoreError, OverloadedError, UnavailableError
 from refold.eventstore.lane import AppendResult
@@ -33,14 +33,6 @@ ANSWER_BYTES = 16 * 1024 * 1024
 #: Seconds that a line waits where too many appends of other requests are waiting.
 _OVERLOAD_PATIENCE = 30.0
 _OVERLOAD_PAUSE = 0.02
-
-
-class BulkAppend(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One line of a bulk: an append to `subject`."""
-
-    subject: str
-    events: list[NewEvent]
-    expectedRevision: ExpectedRevision = "any"  # noqa: N815 (the API's name)
 
 
 class BulkAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -75,7 +67,7 @@ class Bulk(Response):
         self._store = store
         self._stream = stream
         self._lines = lines
-        self._decoder = msgspec.json.Decoder(BulkAppend)
+        self._decoder = msgspec.json.Decoder(SubjectAppend)
         self._encoder = msgspec.json.Encoder()
         self._window: collections.deque[_Line] = collections.deque()
         self._window_bytes = 0
@@ -136,7 +128,7 @@ class Bulk(Response):
         while True:
             try:
                 return line.subject, self._store.submit(
-                    self._stream, line.subject, line.events, expected_revision=line.expectedRevision
+                    self._stream, line.subject, line.events, expected_revision=line.expected_revision
                 )
             except OverloadedError as error:
                 if time.monotonic() > deadline:

@@ -37,11 +37,13 @@ class InvalidAppendError(EventStoreError):
 
     Attributes:
         field: what is wrong in it, for example `subject` or `events[2].data`.
+        reason: what is wrong with it.
     """
 
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}")
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
         self.field = field
+        self.reason = reason
 
 
 class TooLargeError(InvalidAppendError):
@@ -52,30 +54,40 @@ class RevisionConflictError(EventStoreError):
     """The subject isn't at the expected revision; nothing was written.
 
     Attributes:
-        current: the subject's revision (0: it has no events).
+        subject: the subject.
+        current: its revision (0: it has no events).
+        index: which append of an atomic append it is, from 0; None where it stands alone.
     """
 
-    def __init__(self, subject: str, expected: int | str, current: int) -> None:
+    def __init__(self, subject: str, expected: int | str, current: int, *, index: int | None = None) -> None:
         super().__init__(
-            f"subject {subject!r} is at revision {current}, expected was {expected}; read it and try again"
+            f"{_which(index)}subject {subject!r} is at revision {current}, expected was {expected}; "
+            "read it and try again"
         )
+        self.subject = subject
         self.current = current
+        self.index = index
 
 
 class IdConflictError(EventStoreError):
     """Ids of the append are known in its subject, and it isn't a retry of what was appended; nothing was written.
 
     Attributes:
-        current: the subject's revision.
+        subject: the subject.
+        current: its revision.
+        index: which append of an atomic append it is, from 0; None where it stands alone.
     """
 
-    def __init__(self, subject: str, current: int) -> None:
+    def __init__(self, subject: str, current: int, *, index: int | None = None) -> None:
+        others = "" if index is None else "or the atomic append has others whose ids aren't known, "
         super().__init__(
-            f"subject {subject!r} (at revision {current}) has events with some of these ids, and other types or data, "
-            "or only some of them, or in another order; a retry must repeat the append as it was, a new event needs a "
-            "new id"
+            f"{_which(index)}subject {subject!r} (at revision {current}) has events with some of these ids, and other "
+            f"types or data, or only some of them, or in another order, {others}while a retry must repeat the append "
+            "as it was; a new event needs a new id"
         )
+        self.subject = subject
         self.current = current
+        self.index = index
 
 
 class OverloadedError(EventStoreError):
@@ -84,3 +96,7 @@ class OverloadedError(EventStoreError):
 
 class UnavailableError(EventStoreError):
     """PostgreSQL couldn't be asked in time. Whether an append took effect is unknown: repeat it with the same ids."""
+
+
+def _which(index: int | None) -> str:
+    return "" if index is None else f"appends[{index}]: "

@@ -1,6 +1,7 @@
 """One group of appends as the arguments of `append_group`; see migrations/stream/0002_append.sql for what they are."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from psycopg import sql
 
@@ -8,11 +9,15 @@ from refold.eventstore import arrays
 from refold.eventstore.appends import Append
 
 
-def query(schema: str) -> bytes:
-    """Return the query that appends a group to the stream of `schema`, and gives outcomes, revisions and positions."""
+def query(schema: str, function: Literal["append_group", "append_all"]) -> bytes:
+    """Return the query that appends a group to the stream of `schema`, and gives outcomes, revisions and positions.
+
+    `append_group` gives each append its own outcome; `append_all` appends all or none, see
+    migrations/stream/0003_append_all.sql.
+    """
     return (
-        sql.SQL("select outcomes, revisions, positions from {}.append_group({})")
-        .format(sql.Identifier(schema), sql.SQL(", ").join(sql.SQL(f"${n}") for n in range(1, 19)))
+        sql.SQL("select outcomes, revisions, positions from {}({})")
+        .format(sql.Identifier(schema, function), sql.SQL(", ").join(sql.SQL(f"${n}") for n in range(1, 19)))
         .as_string()
         .encode()
     )

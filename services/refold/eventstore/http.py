@@ -9,10 +9,9 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from refold.events import Event
-from refold.eventstore.appends import ExpectedRevision, Limits, NewEvent
-from refold.eventstore.bulk import Bulk, BulkAnswer, BulkAppend
+from refold.eventstore.appends import ExpectedRevision, Limits, NewEvent, SubjectAppend
+from refold.eventstore.bulk import Bulk, BulkAnswer
 from refold.eventstore.errors import EventStoreError
-from refold.eventstore.lane import AppendResult
 from refold.eventstore.problems import from_error, json_problem
 from refold.eventstore.store import EventStore
 from refold.web import bodies, paths
@@ -49,6 +48,27 @@ class Appended(msgspec.Struct, frozen=True):
     token: str
 
 
+class AppendAllBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of an atomic append: its appends, each to another subject."""
+
+    appends: list[SubjectAppend]
+
+
+class Place(msgspec.Struct, frozen=True):
+    """The revision and the position of an append's last event."""
+
+    revision: int
+    partition: int
+    position: int
+
+
+class AllAppendedBody(msgspec.Struct, frozen=True):
+    """The places of an atomic append's appends, in their order, and the token that lets a query wait for all."""
+
+    appends: list[Place]
+    token: str
+
+
 class Events(msgspec.Struct, frozen=True):
     """Events in their order."""
 
@@ -64,6 +84,7 @@ class Api:
         # JSON may escape and space what counts half as much.
         self._body_bytes = 2 * limits.append_bytes
         self._append_body = msgspec.json.Decoder(AppendBody)
+        self._append_all_body = msgspec.json.Decoder(AppendAllBody)
 
     def operations(self) -> list[Operation]:
         """Return what is served."""
@@ -82,11 +103,22 @@ class Api:
             ),
             Operation(
                 "POST",
+                stream + "/transactions",
+                self.append_all,
+                summary="Append to many subjects, all or none; a retry with the same ids changes nothing",
+                parameters=[_NAMESPACE, _NAME],
+                body={JSON: AppendAllBody},
+                status=201,
+                answer={JSON: AllAppendedBody},
+                problems=[404, 409, 413, 422],
+            ),
+            Operation(
+                "POST",
                 stream + "/events",
                 self.bulk,
                 summary="Append to many subjects, an append a line; answers a line each, in order",
                 parameters=[_NAMESPACE, _NAME],
-                body={NDJSON: BulkAppend},
+                body={NDJSON: SubjectAppend},
                 answer={NDJSON: BulkAnswer},
                 problems=[404],
             ),
@@ -145,7 +177,22 @@ class Api:
             )
         except EventStoreError as error:
             raise from_error(error) from error
-        return _appended(result)
+        return _created(
+            Appended(result.revision, result.partition, result.position, result.token), replayed=result.replayed
+        )
+
+    async def append_all(self, request: Request) -> Response:
+        """Append to many subjects, all or none."""
+        namespace, name = _stream(request)
+        raw = await bodies.read(request, self._body_bytes)
+        with json_problem():
+            body = self._append_all_body.decode(raw)
+        try:
+            result = await self.store.append_all(namespace, name, body.appends)
+        except EventStoreError as error:
+            raise from_error(error) from error
+        places = [Place(part.revision, part.partition, part.position) for part in result.appends]
+        return _created(AllAppendedBody(places, result.token), replayed=result.replayed)
 
     async def bulk(self, request: Request) -> Response:
         """Append a line at a time."""
@@ -196,10 +243,9 @@ def _stream(request: Request) -> tuple[str, str]:
     return paths.parameter(request, "namespace"), paths.parameter(request, "name")
 
 
-def _appended(result: AppendResult) -> Response:
-    body = Appended(result.revision, result.partition, result.position, result.token)
+def _created(body: Appended | AllAppendedBody, *, replayed: bool) -> Response:
     response = Response(msgspec.json.encode(body), 201, media_type=JSON)
-    if result.replayed:
+    if replayed:
         response.headers["refold-replayed"] = "true"
     return response
 

@@ -4,6 +4,8 @@ Appends that wait for a stream go together in its next transaction; one transact
 process, and no timer delays a lone append. Each append has its own outcome. A group that the database refuses as a
 whole is split until the guilty append stands alone. A group whose connection breaks is run again, also where its
 outcome is unknown: events carry ids, so what was committed is found and answered with its first outcome.
+
+An atomic append (to many subjects, all or none) is a group of its own, in its turn.
 """
 
 import asyncio
@@ -11,7 +13,7 @@ import collections
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import psycopg
 import structlog
@@ -66,6 +68,26 @@ class AppendResult(NamedTuple):
         return tokens.encode([tokens.Position(self.incarnation, self.partition, self.position)])
 
 
+class AllAppended(NamedTuple):
+    """What an atomic append did: the results of its parts, in their order. All are new, or all `replayed`."""
+
+    appends: list[AppendResult]
+
+    @property
+    def replayed(self) -> bool:
+        """Whether the events were there already, from an earlier attempt."""
+        return self.appends[0].replayed
+
+    @property
+    def token(self) -> str:
+        """The token that makes a query wait until it has seen all of it: of each partition, the last position."""
+        last: dict[int, int] = {}
+        for part in self.appends:
+            last[part.partition] = max(part.position, last.get(part.partition, 0))
+        incarnation = self.appends[0].incarnation
+        return tokens.encode([tokens.Position(incarnation, *place) for place in sorted(last.items())])
+
+
 class Waiting(NamedTuple):
     """An append that waits for its transaction, `since` (time.monotonic), and its outcome to come."""
 
@@ -73,6 +95,19 @@ class Waiting(NamedTuple):
     expected: ExpectedRevision
     since: float
     outcome: asyncio.Future[AppendResult]
+
+
+class WaitingAll(NamedTuple):
+    """An atomic append, as `Waiting`; a group of its own."""
+
+    appends: list[Append]
+    expected: list[ExpectedRevision]
+    since: float
+    outcome: asyncio.Future[AllAppended]
+
+
+#: One `WaitingAll`, or any number of `Waiting`.
+_Group = Sequence[Waiting | WaitingAll]
 
 
 class Lane:
@@ -103,14 +138,16 @@ class Lane:
         self._gone = gone
         self._running = False
         self._connection: StoreConnection | None = None  # the one used last
-        self._waiting: collections.deque[Waiting] = collections.deque()
+        self._waiting: collections.deque[Waiting | WaitingAll] = collections.deque()
         self._append_name = f"refold_append_{stream.stream}".encode()
-        self._append = group_call.query(stream.schema)
+        self._append = group_call.query(stream.schema, "append_group")
+        self._append_all_name = f"refold_append_all_{stream.stream}".encode()
+        self._append_all = group_call.query(stream.schema, "append_all")
         label = f"{stream.namespace}/{stream.name}"
         self._appended = metrics.APPENDED.labels(label)
         self._replayed = metrics.REPLAYED.labels(label)
 
-    def add(self, waiting: Waiting) -> None:
+    def add(self, waiting: Waiting | WaitingAll) -> None:
         """Let an append wait for its transaction; they are applied in the order of these calls."""
         self._waiting.append(waiting)
         if not self._running:
@@ -121,7 +158,7 @@ class Lane:
 
     async def _run(self) -> None:
         """Commit group after group until nobody waits."""
-        group: list[Waiting] = []
+        group: _Group = []
         try:
             while self._waiting:
                 group = self._take()
@@ -132,23 +169,29 @@ class Lane:
             self._fail([*group, *self._waiting], EventStoreError("the event store failed unexpectedly, see its log"))
             self._waiting.clear()
 
-    def _take(self) -> list[Waiting]:
-        """Take the appends of the next group, in the order in which they came."""
+    def _take(self) -> _Group:
+        """Take the appends of the next group, in the order in which they came; an atomic append is one alone."""
         group: list[Waiting] = []
         events = size = 0
         while self._waiting:
-            if self._waiting[0].outcome.cancelled():
+            waiting = self._waiting[0]
+            if waiting.outcome.cancelled():
                 self._waiting.popleft()  # its caller left before the transaction
                 continue
-            append = self._waiting[0].append
-            events += len(append.ids)
-            size += append.size
+            if isinstance(waiting, WaitingAll):
+                if group:
+                    break
+                self._waiting.popleft()
+                return [waiting]
+            events += len(waiting.append.ids)
+            size += waiting.append.size
             if group and (events > GROUP_EVENTS or size > GROUP_BYTES):
                 break
-            group.append(self._waiting.popleft())
+            self._waiting.popleft()
+            group.append(waiting)
         return group
 
-    async def _settle(self, group: list[Waiting]) -> None:
+    async def _settle(self, group: _Group) -> None:
         """Give each append of the group its outcome."""
         attempt = 0
         careful = False
@@ -199,17 +242,59 @@ class Lane:
                 self._answer(group, columns)
                 return
 
-    async def _commit(self, group: list[Waiting], *, careful: bool) -> list[tuple[int, ...]]:
+    async def _commit(self, group: _Group, *, careful: bool) -> list[tuple[int, ...]]:
         """Run the group's transaction; return outcomes, revisions and positions."""
-        metrics.GROUP.observe(len(group))
-        parts = [waiting.append for waiting in group]
+        first = group[0]
+        if isinstance(first, WaitingAll):
+            parts = first.appends
+            name, query = self._append_all_name, self._append_all
+        else:
+            metrics.GROUP.observe(len(group))
+            parts = [waiting.append for waiting in cast("Sequence[Waiting]", group)]
+            name, query = self._append_name, self._append
         arguments = group_call.arguments(self.stream.stream, parts, careful=careful)
         async with self._connections.lend(self._connection) as conn:
             self._connection = conn
-            result = await conn.call(self._append_name, self._append, arguments)
+            result = await conn.call(name, query, arguments)
         return [arrays.int8_values(result.get_value(0, column) or b"") for column in range(3)]
 
-    def _answer(self, group: list[Waiting], columns: list[tuple[int, ...]]) -> None:
+    def _answer(self, group: _Group, columns: list[tuple[int, ...]]) -> None:
+        first = group[0]
+        if isinstance(first, WaitingAll):
+            appended, replayed = self._answer_all(first, columns)
+        else:
+            appended, replayed = self._answer_each(cast("Sequence[Waiting]", group), columns)
+        if appended:
+            self._appended.inc(appended)
+            self._told(self.stream)
+        if replayed:
+            self._replayed.inc(replayed)
+            # It may be this group's own first attempt that nobody told of.
+            self._told(self.stream)
+
+    def _answer_all(self, waiting: WaitingAll, columns: list[tuple[int, ...]]) -> tuple[int, int]:
+        """Give the atomic append its outcome; return the events that were appended, and whether it was replayed."""
+        outcomes, revisions, positions = columns
+        if max(outcomes) <= 1:
+            replayed = outcomes[0] == 1
+            results = [
+                AppendResult(revision, part.partition, position, replayed, self.stream.incarnation)
+                for part, revision, position in zip(waiting.appends, revisions, positions, strict=True)
+            ]
+            if not waiting.outcome.done():
+                waiting.outcome.set_result(AllAppended(results))
+            return (0, 1) if replayed else (sum(len(part.ids) for part in waiting.appends), 0)
+        # Ids come before revisions, as in a single append: others' content, then what is known in part, then revisions.
+        index = next(outcomes.index(worst) for worst in (3, 1, 2) if worst in outcomes)
+        subject, current = waiting.appends[index].subject, revisions[index]
+        if outcomes[index] == 2:
+            self._fail([waiting], RevisionConflictError(subject, waiting.expected[index], current, index=index))
+        else:
+            self._fail([waiting], IdConflictError(subject, current, index=index))
+        return 0, 0
+
+    def _answer_each(self, group: Sequence[Waiting], columns: list[tuple[int, ...]]) -> tuple[int, int]:
+        """Give each append its outcome; return how many events were appended, and how many appends replayed."""
         appended = replayed = 0
         for waiting, outcome, revision, position in zip(group, *columns, strict=True):
             append = waiting.append
@@ -226,16 +311,10 @@ class Lane:
                 self._fail([waiting], RevisionConflictError(append.subject, waiting.expected, revision))
             else:
                 self._fail([waiting], IdConflictError(append.subject, revision))
-        if appended:
-            self._appended.inc(appended)
-            self._told(self.stream)
-        if replayed:
-            self._replayed.inc(replayed)
-            # It may be this group's own first attempt that nobody told of.
-            self._told(self.stream)
+        return appended, replayed
 
     @staticmethod
-    def _fail(group: Sequence[Waiting], error: EventStoreError) -> None:
+    def _fail(group: _Group, error: EventStoreError) -> None:
         for waiting in group:
             if not waiting.outcome.done():
                 waiting.outcome.set_exception(error)

@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 
@@ -29,9 +30,9 @@ def from_error(error: EventStoreError) -> Problem:
         case UnknownStreamError():
             return Problem(404, "stream-not-found", "No such stream", detail)
         case RevisionConflictError():
-            return Problem(409, "revision-conflict", "Revision conflict", detail, currentRevision=error.current)
+            return Problem(409, "revision-conflict", "Revision conflict", detail, **_where(error))
         case IdConflictError():
-            return Problem(409, "id-conflict", "Id conflict", detail, currentRevision=error.current)
+            return Problem(409, "id-conflict", "Id conflict", detail, **_where(error))
         case TooLargeError():
             return Problem(413, "append-too-large", "Append too large", detail, field=error.field)
         case InvalidAppendError():
@@ -44,6 +45,14 @@ def from_error(error: EventStoreError) -> Problem:
             return Problem(503, "store-not-installed", "Store not installed", detail, retry_after=5)
         case _:
             return Problem(500, "internal-error", "Internal error", detail)
+
+
+def _where(error: RevisionConflictError | IdConflictError) -> dict[str, Any]:
+    """Return the subject's revision, and of an atomic append which of its appends and which subject it was."""
+    where: dict[str, Any] = {"currentRevision": error.current}
+    if error.index is not None:
+        where |= {"index": error.index, "subject": error.subject}
+    return where
 
 
 @contextlib.contextmanager

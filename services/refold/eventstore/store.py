@@ -6,7 +6,7 @@ import datetime as dt
 import random
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Self
+from typing import Any, Self
 
 import psycopg
 import structlog
@@ -14,11 +14,17 @@ import structlog
 from refold import names
 from refold.events import Event
 from refold.eventstore import appends, catalog, metrics, reads
-from refold.eventstore.appends import ExpectedRevision, Limits, NewEvent
+from refold.eventstore.appends import ExpectedRevision, Limits, NewEvent, SubjectAppend
 from refold.eventstore.catalog import Stream
 from refold.eventstore.connections import Connections
-from refold.eventstore.errors import EventStoreError, OverloadedError, UnavailableError, UnknownStreamError
-from refold.eventstore.lane import AppendResult, Lane, Waiting
+from refold.eventstore.errors import (
+    EventStoreError,
+    NotInstalledError,
+    OverloadedError,
+    UnavailableError,
+    UnknownStreamError,
+)
+from refold.eventstore.lane import AllAppended, AppendResult, Lane, Waiting, WaitingAll
 
 log = structlog.get_logger(__name__)
 
@@ -30,6 +36,8 @@ REFRESH = 5.0
 REFRESH_ON_MISS = 0.25
 #: Seconds that notifications are held together after one was sent.
 _NOTIFY_GAP = 0.005
+#: The stream migration that made `append_all`.
+_APPEND_ALL_MIGRATION = 3
 
 
 class EventStore:
@@ -155,9 +163,7 @@ class EventStore:
             EventStoreError: those of `append` that are known before the database is asked.
         """
         try:
-            lane = self._lanes.get((stream.namespace, stream.name))
-            if lane is None:
-                raise UnknownStreamError(f"the stream {stream.namespace}/{stream.name} isn't active any more")
+            lane = self._known_lane(stream)
             checked = appends.check(
                 subject,
                 events,
@@ -165,28 +171,77 @@ class EventStore:
                 partitions=lane.stream.partitions,
                 limits=self.limits,
             )
-            if self._closing:
-                raise UnavailableError("the event store is stopping; the append wasn't taken, send it to another")
-            if self._waiting >= MAX_WAITING or self._waiting_bytes >= MAX_WAITING_BYTES:
-                raise OverloadedError(
-                    f"{self._waiting} appends of {self._waiting_bytes} bytes are waiting; this one wasn't taken, "
-                    "try again a little later"
-                )
+            outcome: asyncio.Future[AppendResult] = self._admit(1, checked.size)
         except EventStoreError as error:
             _count_refusal(error)
             raise
-        self._waiting += 1
-        self._waiting_bytes += checked.size
-        outcome: asyncio.Future[AppendResult] = asyncio.get_running_loop().create_future()
+        lane.add(Waiting(checked, expected_revision, time.monotonic(), outcome))
+        return outcome
 
-        def settled(outcome: asyncio.Future[AppendResult]) -> None:
-            self._waiting -= 1
-            self._waiting_bytes -= checked.size
+    async def append_all(self, namespace: str, name: str, parts: Sequence[SubjectAppend]) -> AllAppended:
+        """Append to many subjects of one stream, all or none, and return when all is committed.
+
+        Repeated with the same appends it changes nothing and returns the first outcome as `replayed`. The topic and
+        read models get it partition by partition, so they may show it in parts; the result's token makes a query wait
+        until it has seen all of it.
+
+        Args:
+            namespace: the stream's namespace.
+            name: the stream's name.
+            parts: at least one, each to another subject; together within what `limits` allow for one append.
+
+        Raises:
+            UnknownStreamError: there is no active stream of that name.
+            InvalidAppendError: a field isn't what it must be, or a subject stands in two parts (TooLargeError: is over
+                a limit).
+            RevisionConflictError: a subject isn't at the expected revision; `index` tells in which part.
+            IdConflictError: ids of some part are known, and it isn't a retry of all the parts as they were.
+            NotInstalledError: the stream's schema is of an earlier version and wasn't upgraded yet.
+            OverloadedError: too many appends wait.
+            UnavailableError: PostgreSQL couldn't be asked in time; whether it was appended is unknown.
+        """
+        stream = await self.stream(namespace, name)
+        try:
+            lane = self._known_lane(stream)
+            if stream.migration < _APPEND_ALL_MIGRATION:
+                raise NotInstalledError(
+                    f"stream {namespace}/{name} takes no atomic appends before the operator has upgraded its schema "
+                    f"from migration {stream.migration} to {_APPEND_ALL_MIGRATION}"
+                )
+            checked = appends.check_all(parts, partitions=lane.stream.partitions, limits=self.limits)
+            outcome: asyncio.Future[AllAppended] = self._admit(len(checked), sum(part.size for part in checked))
+        except EventStoreError as error:
+            _count_refusal(error)
+            raise
+        lane.add(WaitingAll(checked, [part.expected_revision for part in parts], time.monotonic(), outcome))
+        return await outcome
+
+    def _known_lane(self, stream: Stream) -> Lane:
+        lane = self._lanes.get((stream.namespace, stream.name))
+        if lane is None:
+            raise UnknownStreamError(f"the stream {stream.namespace}/{stream.name} isn't active any more")
+        return lane
+
+    def _admit(self, count: int, size: int) -> asyncio.Future[Any]:
+        """Count `count` appends of `size` bytes as waiting until the outcome that is returned is there, or refuse."""
+        if self._closing:
+            raise UnavailableError("the event store is stopping; the append wasn't taken, send it to another")
+        if self._waiting >= MAX_WAITING or self._waiting_bytes >= MAX_WAITING_BYTES:
+            raise OverloadedError(
+                f"{self._waiting} appends of {self._waiting_bytes} bytes are waiting; this one wasn't taken, "
+                "try again a little later"
+            )
+        self._waiting += count
+        self._waiting_bytes += size
+        outcome: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+        def settled(outcome: asyncio.Future[Any]) -> None:
+            self._waiting -= count
+            self._waiting_bytes -= size
             if not outcome.cancelled() and (error := outcome.exception()) is not None:
                 _count_refusal(error)
 
         outcome.add_done_callback(settled)
-        lane.add(Waiting(checked, expected_revision, time.monotonic(), outcome))
         return outcome
 
     async def subject_pages(

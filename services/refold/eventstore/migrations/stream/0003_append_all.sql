@@ -3,9 +3,9 @@
 -- Append a group whole or not at all: the arguments are those of append_group, each append is to another subject, and
 -- unless all of them are appended, or all replayed, nothing is written.
 --
--- Out, per append: where all are appended or all replayed, what append_group says. Else 2 the expected revision is
--- wrong, 3 ids are known (with other content; or as they are, while not all of the group's are), 4 nothing is wrong with
--- this one; and the subject's current revision and 0.
+-- Out, per append: where all are appended or all replayed, what append_group says. Else 1 its events are known (and those
+-- of another aren't), 2 the expected revision is wrong, 3 ids are known with other content, 4 nothing is wrong with this
+-- one; and the subject's current revision and 0.
 --
 -- Concurrency: nothing here touches a table before append_group's first statement, which locks all heads of the group in
 -- the order of the partitions; so two groups that cross wait for each other in that order and can't deadlock. What was
@@ -29,7 +29,7 @@ begin
   if 0 = all (outcomes) or 1 = all (outcomes) then
     return;
   end if;
-  select array_agg(case outcome when 0 then 4 when 1 then 3 else outcome end order by n),
+  select array_agg(case outcome when 0 then 4 else outcome end order by n),
          array_agg(case outcome when 0 then revision - events
                    when 1 then (select max(h.revision) from :"schema".events h
                                 where h.partition = t.partition and h.subject = t.subject)
