@@ -174,7 +174,10 @@ def test_a_read_keeps_its_bounds(api: Served) -> None:
     time = api.ask(path).json()["events"][0]["time"]
     assert len(ids(f"until={time}")) == 6
     assert ids("until=2001-01-01T00:00:00Z") == ids("until=2001-01-01T00:00:00%2B02:00") == []
-    for query in ("from=x", "from=-1", "from=1.5", "to=", "until=yesterday", "fron=1", "to=" + "9" * 30, "from=%D9%A1"):
+    assert ids("direction=backward&limit=2") == ["5", "4"]
+    assert ids("direction=backward&from=2&to=4") == ["3", "2", "1"]
+    assert ids("direction=forward&limit=1") == ["0"]
+    for query in ("limit=0", "direction=up", "from=x", "from=-1", "from=1.5", "to=", "until=yesterday", "fron=1", "to=" + "9" * 30, "from=%D9%A1"):
         refused(api.ask(f"{path}?{query}"), 400, "invalid-query")
 
 

@@ -7,7 +7,6 @@ order of keys not at all.
 """
 
 import dataclasses
-import datetime as dt
 import functools
 import re
 import uuid
@@ -314,8 +313,3 @@ def _path(field: str, index: int | None) -> str:
 def partition(subject: str, partitions: int) -> int:
     """Return the 0-based partition of `subject` in a stream of `partitions`; remembers the latest answers."""
     return _partition_of(subject, partitions)
-
-
-def utc(time: dt.datetime) -> dt.datetime:
-    """Return `time` in UTC; one without a time zone is taken as UTC."""
-    return time.replace(tzinfo=dt.UTC) if time.tzinfo is None else time.astimezone(dt.UTC)

@@ -1,7 +1,5 @@
 """What the event store refuses, as types: callers choose by class, people read the message."""
 
-from typing import Self
-
 
 class EventStoreError(Exception):
     """Anything that the event store refuses or can't do now."""
@@ -26,10 +24,12 @@ class NotInstalledError(EventStoreError):
 class UnknownStreamError(EventStoreError):
     """The store has no active stream of that name, or no such partition of it."""
 
-    @classmethod
-    def inactive(cls, namespace: str, name: str) -> Self:
-        """Return the error for a stream that was active when it was last looked up."""
-        return cls(f"stream {namespace}/{name} isn't active any more; is its EventStream Ready?")
+
+class InactiveStreamError(UnknownStreamError):
+    """A stream that was active when it was last looked up isn't any more; another of its name may be."""
+
+    def __init__(self, namespace: str, name: str) -> None:
+        super().__init__(f"stream {namespace}/{name} isn't active any more; is its EventStream Ready?")
 
 
 class InvalidAppendError(EventStoreError):

@@ -126,18 +126,27 @@ class Api:
                 "GET",
                 stream + "/subjects/{subject}/events",
                 self.read_subject,
-                summary="The events of a subject, in order of their revisions",
+                summary="The events of a subject, in order of their revisions or backwards",
                 parameters=[
                     _NAMESPACE,
                     _NAME,
                     _SUBJECT,
-                    Parameter(name="from", where="query", description="The first revision", schema=_POSITIVE),
-                    Parameter(name="to", where="query", description="The last revision", schema=_NUMBER),
+                    Parameter(name="from", where="query", description="The lowest revision", schema=_POSITIVE),
+                    Parameter(name="to", where="query", description="The highest revision", schema=_NUMBER),
                     Parameter(
                         name="until",
                         where="query",
                         description="Only events recorded at or before this time (RFC 3339)",
                         schema={"type": "string", "format": "date-time"},
+                    ),
+                    Parameter(
+                        name="limit", where="query", description="How many at most (default: all)", schema=_POSITIVE
+                    ),
+                    Parameter(
+                        name="direction",
+                        where="query",
+                        description="backward: the highest revision first (default: forward)",
+                        schema={"enum": ["forward", "backward"]},
                     ),
                     _FORMAT,
                 ],
@@ -205,7 +214,10 @@ class Api:
     async def read_subject(self, request: Request) -> Response:
         """Read one subject."""
         namespace, name = _stream(request)
-        query = _query(request, "from", "to", "until")
+        query = _query(request, "from", "to", "until", "limit", "direction")
+        direction = query.get("direction", "forward")
+        if direction not in ("forward", "backward"):
+            raise _bad_query("direction", f"is forward or backward, not {direction!r}")
         pages = self.store.subject_pages(
             namespace,
             name,
@@ -213,6 +225,8 @@ class Api:
             from_revision=_number(query, "from", 1) or 1,
             to_revision=_number(query, "to", None),
             until=_time(query, "until"),
+            limit=_limit(query, None),
+            backward=direction == "backward",
         )
         return await _answer(request, pages)
 
@@ -225,18 +239,22 @@ class Api:
                 404, "stream-not-found", "No such stream", f"{partition!r} is no partition; they are numbered from 0"
             )
         query = _query(request, "after", "limit")
-        limit = _number(query, "limit", 1000)
-        if limit == 0:
-            raise _bad_query("limit", "is at least 1")
+        limit = _limit(query, 1000)
         after = _number(query, "after", 0) or 0
-        pages = self.store.partition_pages(namespace, name, int(partition), after=after, limit=limit)
-        response = await _answer(request, pages)
+        while True:
+            before = await self._incarnation(namespace, name)
+            pages = self.store.partition_pages(namespace, name, int(partition), after=after, limit=limit)
+            response = await _answer(request, pages)
+            if await self._incarnation(namespace, name) == before:
+                response.headers["refold-incarnation"] = before
+                return response
+            # The stream was made again meanwhile, and the first page may be of either history.
+
+    async def _incarnation(self, namespace: str, name: str) -> str:
         try:
-            stream = await self.store.stream(namespace, name)
+            return (await self.store.stream(namespace, name)).incarnation
         except EventStoreError as error:
             raise from_error(error) from error
-        response.headers["refold-incarnation"] = stream.incarnation
-        return response
 
 
 def _stream(request: Request) -> tuple[str, str]:
@@ -292,6 +310,13 @@ def _number(query: Mapping[str, str], name: str, default: int | None) -> int | N
     if not (text.isascii() and text.isdigit() and len(text) < 19):
         raise _bad_query(name, f"is a number from 0 to 999999999999999999, not {text!r}")
     return int(text)
+
+
+def _limit(query: Mapping[str, str], default: int | None) -> int | None:
+    limit = _number(query, "limit", default)
+    if limit == 0:
+        raise _bad_query("limit", "is at least 1")
+    return limit
 
 
 def _time(query: Mapping[str, str], name: str) -> dt.datetime | None:

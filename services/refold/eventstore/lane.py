@@ -26,10 +26,10 @@ from refold.eventstore.connections import Connections, StoreConnection
 from refold.eventstore.errors import (
     EventStoreError,
     IdConflictError,
+    InactiveStreamError,
     InvalidAppendError,
     RevisionConflictError,
     UnavailableError,
-    UnknownStreamError,
 )
 
 log = structlog.get_logger(__name__)
@@ -205,7 +205,7 @@ class Lane:
                 if state == _NOT_SERVED or isinstance(
                     error, psycopg.errors.InvalidSchemaName | psycopg.errors.UndefinedFunction
                 ):
-                    self._fail(group, UnknownStreamError.inactive(self.stream.namespace, self.stream.name))
+                    self._fail(group, InactiveStreamError(self.stream.namespace, self.stream.name))
                     self._gone(self)
                     return
                 if isinstance(error, psycopg.errors.UniqueViolation) and not careful:

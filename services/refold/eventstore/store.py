@@ -5,7 +5,7 @@ import contextlib
 import datetime as dt
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Self
 
 import psycopg
@@ -19,6 +19,7 @@ from refold.eventstore.catalog import Stream
 from refold.eventstore.connections import Connections
 from refold.eventstore.errors import (
     EventStoreError,
+    InactiveStreamError,
     NotInstalledError,
     OverloadedError,
     UnavailableError,
@@ -253,6 +254,8 @@ class EventStore:
         from_revision: int = 1,
         to_revision: int | None = None,
         until: dt.datetime | None = None,
+        limit: int | None = None,
+        backward: bool = False,
     ) -> AsyncIterator[list[Event]]:
         """Yield the subject's events in order of their revisions, in pages that aren't empty.
 
@@ -262,19 +265,30 @@ class EventStore:
             namespace: the stream's namespace.
             name: the stream's name.
             subject: whose events.
-            from_revision: the first.
-            to_revision: the last, or None for all.
+            from_revision: the lowest that is wanted, in both directions.
+            to_revision: the highest, or None for all.
             until: the last `recorded_at` that is wanted, or None for all.
+            limit: how many events at most.
+            backward: the highest revision first.
 
         Raises:
             UnknownStreamError: there is no active stream of that name.
             InvalidAppendError: the subject can't be one.
             UnavailableError: PostgreSQL can't be reached.
         """
-        stream = await self.stream(namespace, name)
-        async for page in reads.subject_pages(
-            self._read, stream, subject, from_revision=from_revision, to_revision=to_revision, until=until
-        ):
+
+        def read(stream: Stream) -> AsyncIterator[list[Event]]:
+            return reads.pages(
+                self._read,
+                reads.Source.of_subject(stream, subject),
+                first=from_revision,
+                last=to_revision,
+                until=until,
+                limit=limit,
+                backward=backward,
+            )
+
+        async for page in self._pages(namespace, name, read):
             yield page
 
     async def read_subject(
@@ -286,10 +300,19 @@ class EventStore:
         from_revision: int = 1,
         to_revision: int | None = None,
         until: dt.datetime | None = None,
+        limit: int | None = None,
+        backward: bool = False,
     ) -> AsyncIterator[Event]:
         """Yield the subject's events one by one; see `subject_pages`."""
         pages = self.subject_pages(
-            namespace, name, subject, from_revision=from_revision, to_revision=to_revision, until=until
+            namespace,
+            name,
+            subject,
+            from_revision=from_revision,
+            to_revision=to_revision,
+            until=until,
+            limit=limit,
+            backward=backward,
         )
         async for page in pages:
             for event in page:
@@ -304,8 +327,11 @@ class EventStore:
             UnknownStreamError: there is no active stream of that name, or no such partition of it.
             UnavailableError: PostgreSQL can't be reached.
         """
-        stream = await self.stream(namespace, name)
-        async for page in reads.partition_pages(self._read, stream, partition, after=after, limit=limit):
+
+        def read(stream: Stream) -> AsyncIterator[list[Event]]:
+            return reads.pages(self._read, reads.Source.of_partition(stream, partition), first=after + 1, limit=limit)
+
+        async for page in self._pages(namespace, name, read):
             yield page
 
     async def read_partition(
@@ -315,6 +341,28 @@ class EventStore:
         async for page in self.partition_pages(namespace, name, partition, after=after, limit=limit):
             for event in page:
                 yield event
+
+    async def _pages(
+        self, namespace: str, name: str, read: Callable[[Stream], AsyncIterator[list[Event]]]
+    ) -> AsyncIterator[list[Event]]:
+        """Yield what `read` reads; of the stream as it is now, where it was dropped and made again since it was known.
+
+        All pages are of one history: a read under way breaks off where its stream is dropped.
+        """
+        lane = await self._lane(namespace, name)
+        begun = False
+        try:
+            async for page in read(lane.stream):
+                begun = True
+                yield page
+        except InactiveStreamError:
+            self._forget(lane)
+            if begun:
+                raise
+        else:
+            return
+        async for page in read((await self._lane(namespace, name)).stream):
+            yield page
 
     async def stream(self, namespace: str, name: str) -> Stream:
         """Return the active stream of that name.
