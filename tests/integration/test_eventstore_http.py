@@ -177,7 +177,10 @@ def test_a_read_keeps_its_bounds(api: Served) -> None:
     assert ids("direction=backward&limit=2") == ["5", "4"]
     assert ids("direction=backward&from=2&to=4") == ["3", "2", "1"]
     assert ids("direction=forward&limit=1") == ["0"]
-    for query in ("limit=0", "direction=up", "from=x", "from=-1", "from=1.5", "to=", "until=yesterday", "fron=1", "to=" + "9" * 30, "from=%D9%A1"):
+    for query in (
+        "limit=0", "direction=up", "from=x", "from=-1", "from=1.5", "to=", "until=yesterday", "fron=1",
+        "to=" + "9" * 30, "from=%D9%A1",
+    ):  # fmt: skip
         refused(api.ask(f"{path}?{query}"), 400, "invalid-query")
 
 
