@@ -24,6 +24,8 @@ class Position(msgspec.Struct, array_like=True, frozen=True, order=True):
     position: int
 
 
+_encoder = msgspec.json.Encoder()
+_URL_SAFE = bytes.maketrans(b"+/", b"-_")
 _decoder = msgspec.json.Decoder(list[Position])
 
 
@@ -34,7 +36,8 @@ def encode(positions: Iterable[Position]) -> str:
         known = latest.get((position.incarnation, position.partition))
         if known is None or known.position < position.position:
             latest[position.incarnation, position.partition] = position
-    return base64.urlsafe_b64encode(msgspec.json.encode(sorted(latest.values()))).rstrip(b"=").decode()
+    text = _encoder.encode(sorted(latest.values()) if len(latest) > 1 else list(latest.values()))
+    return binascii.b2a_base64(text, newline=False).translate(_URL_SAFE, b"=").decode()
 
 
 def decode(token: str) -> list[Position]:

@@ -62,6 +62,7 @@ class App:
     ) -> None:
         self._authorise = authorise
         self._ready = ready
+        self._timers: dict[tuple[str, str, int], Histogram] = {}  # finding a labelled child costs more than observing
         description = openapi.document(title, operations)
 
         async def describe(_: Request) -> Response:
@@ -106,8 +107,11 @@ class App:
         finally:
             route = scope.get("route")
             method = scope["method"] if scope["method"] in _METHODS else "other"
-            labels = (method, route.path if isinstance(route, Route) else "none", str(status))
-            _REQUESTS.labels(*labels).observe(time.perf_counter() - begin)
+            labels = (method, route.path if isinstance(route, Route) else "none", status)
+            timer = self._timers.get(labels)
+            if timer is None:
+                timer = self._timers[labels] = _REQUESTS.labels(*map(str, labels))
+            timer.observe(time.perf_counter() - begin)
 
     async def _answer_ready(self, _: Request) -> Response:
         lacking = await self._ready()
