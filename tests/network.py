@@ -8,7 +8,7 @@
         network.hang()                    # connections stay open and new ones are accepted, but nothing comes through
         network.heal()                    # what was sent meanwhile arrives
 
-For Kafka, whose clients follow the addresses that the broker tells, `kafka_behind` starts a broker that tells the proxy's.
+For Kafka, whose clients follow the addresses that a broker tells, `kafka_behind` starts one that tells the proxy's.
 The proxy's kernel goes on acknowledging what is sent to a hanging connection, so that a process isn't helped by TCP's
 own timeouts (keepalives, TCP_USER_TIMEOUT): a hang is the worse of the two.
 """
@@ -27,7 +27,7 @@ _CHUNK = 1 << 16
 
 
 class Cut:
-    """A proxy to `target` (a port on 127.0.0.1) that listens on `port`. It passes everything on until told otherwise."""
+    """A proxy to `target`, a port on 127.0.0.1, that listens on `port` and passes everything on until told otherwise."""
 
     def __init__(self, target: int, port: int | None = None) -> None:
         """Begin to listen with entering the context; `port` is a free one unless given."""
