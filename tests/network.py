@@ -27,7 +27,7 @@ _CHUNK = 1 << 16
 
 
 class Cut:
-    """A proxy to `target`, a port on 127.0.0.1, that listens on `port` and passes everything on until told otherwise."""
+    """A proxy to `target`, a port on 127.0.0.1, that listens on `port`; it passes all on until told otherwise."""
 
     def __init__(self, target: int, port: int | None = None) -> None:
         """Begin to listen with entering the context; `port` is a free one unless given."""
