@@ -17,7 +17,8 @@ from bench.orders import OrderEvent
 from bench.result import Comparison, Run
 from bench.servers import PARTITIONS, Servers
 from bench.waiting import until
-from hack.servers.platform import TOKEN, Service
+from hack.servers.callers import TOKEN
+from hack.servers.platform import Service
 
 #: Lines of one bulk request.
 _LINES = 25_000

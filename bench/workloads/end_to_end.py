@@ -19,7 +19,7 @@ from bench.orders import OrderEvent
 from bench.relaying import running_relay
 from bench.result import Comparison, Run
 from bench.servers import PARTITIONS, Servers
-from hack.servers.platform import TOKEN
+from hack.servers.callers import TOKEN
 
 #: Events a second.
 _RATE = 200

@@ -16,7 +16,7 @@ from bench.orders import OrderEvent
 from bench.result import Comparison, Run
 from bench.servers import Servers
 from bench.waiting import until
-from hack.servers.platform import TOKEN
+from hack.servers.callers import TOKEN
 
 _SECONDS = 5
 _SAMPLE = 100

@@ -12,7 +12,8 @@ from bench.orders import OrderEvent
 from bench.result import Comparison, Run
 from bench.servers import PARTITIONS, Servers
 from bench.workloads.append_http import append_requests, started
-from hack.servers.platform import TOKEN, Service
+from hack.servers.callers import TOKEN
+from hack.servers.platform import Service
 
 
 def one_stream(servers: Servers, events: Sequence[OrderEvent]) -> Comparison:

@@ -21,9 +21,9 @@ from refold.eventstore import catalog, roles
 from refold.projection import definition as definitions
 from refold.projection.readstore import postgres as readstore
 
+from hack.servers.callers import TOKEN, tokens_file
 from hack.servers.process import Process, free_port
 
-TOKEN = "local"  # of a throw-away installation on 127.0.0.1
 STORE, READ = "refold_store", "refold_read"
 
 
@@ -60,6 +60,7 @@ class Platform:
         self._store, self._read = store_database, read_database
         self._servers = {store_database: postgres, read_database: read or postgres}
         self.logs = Path(tempfile.mkdtemp(prefix="refold-logs-"))
+        self._auth = tokens_file(TOKEN, self.logs)
         self._password = secrets.token_hex(16)
         self._admins = {database: f"{database}_admin" for database in self._servers}
         for database, server in self._servers.items():
@@ -152,7 +153,7 @@ class Platform:
 
     def eventstore(self) -> "Service":
         """Return an event store, not yet started."""
-        return Service(self, "eventstore", REFOLD_STORE_DSN=self.store_dsn(), REFOLD_TOKEN=TOKEN)
+        return Service(self, "eventstore", REFOLD_STORE_DSN=self.store_dsn(), REFOLD_AUTH=self._auth)
 
     def relay(self, **settings: str) -> "Service":
         """Return a relay, not yet started."""
@@ -175,7 +176,7 @@ class Platform:
         """Return a query service, not yet started."""
         schema = names.read_schema(namespace, name)
         return Service(
-            self, "query", REFOLD_PROJECTION=f"{namespace}/{name}", REFOLD_TOKEN=TOKEN,
+            self, "query", REFOLD_PROJECTION=f"{namespace}/{name}", REFOLD_AUTH=self._auth,
             REFOLD_READSTORE_DSN=self._dsn(self._read, readstore.logins(self._read, schema)[1]),
         )  # fmt: skip
 

@@ -30,7 +30,8 @@ from psycopg import sql
 from refold.eventstore.catalog import Stream
 
 from hack.servers import Kafka, Postgres
-from hack.servers.platform import READ, STORE, TOKEN, Platform, Service
+from hack.servers.callers import TOKEN
+from hack.servers.platform import READ, STORE, Platform, Service
 
 DISTURBANCES = int(os.environ.get("REFOLD_DISTURBANCES", "10"))
 PARTITIONS = 3

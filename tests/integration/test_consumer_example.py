@@ -23,7 +23,8 @@ from refold import tokens
 from refold.eventstore.catalog import Stream
 
 from hack.servers import Kafka, Postgres
-from hack.servers.platform import TOKEN, Platform, Service
+from hack.servers.callers import TOKEN
+from hack.servers.platform import Platform, Service
 from hack.servers.process import Process, free_port
 
 CONSUMER = Path(__file__).parents[2] / "examples" / "consumer" / "consumer.py"

@@ -17,6 +17,7 @@ from refold.eventstore import server
 from refold.eventstore.settings import Settings
 
 from hack.servers import Postgres
+from hack.servers.callers import tokens_file
 from hack.servers.process import free_port
 from tests.served import Answer, Served, serve
 from tests.stores import Installed, check_history, install
@@ -37,7 +38,8 @@ async def installed(postgres: Postgres) -> Installed:
 
 @pytest.fixture(scope="module")
 def api(installed: Installed) -> Iterator[Served]:
-    settings = Settings(store_dsn=installed.service, token=TOKEN, append_events=10, event_bytes=2000, append_bytes=4096)
+    auth = tokens_file(TOKEN)
+    settings = Settings(store_dsn=installed.service, auth=auth, append_events=10, event_bytes=2000, append_bytes=4096)
     with serve(server.make(settings), TOKEN) as served:
         yield served
 
@@ -334,12 +336,17 @@ async def test_the_process_serves_before_its_database_is_there_and_ends_with_0_o
     installed: Installed, postgres: Postgres
 ) -> None:
     port = free_port()
-    env = {**os.environ, "REFOLD_STORE_DSN": installed.service, "REFOLD_TOKEN": TOKEN, "REFOLD_PORT": str(port)}
+    env = {
+        **os.environ,
+        "REFOLD_STORE_DSN": installed.service,
+        "REFOLD_AUTH": tokens_file(TOKEN),
+        "REFOLD_PORT": str(port),
+    }
     api = Served(port, TOKEN)
     postgres.stop()
     try:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", "from refold.eventstore.server import main; main()", env=env,
+            sys.executable, "-c", "from refold.cli.main import app; app()", "eventstore", env=env,
             stderr=asyncio.subprocess.DEVNULL,
         )  # fmt: skip
         for _ in range(200):

@@ -21,6 +21,7 @@ from refold.query.server import app
 from refold.query.settings import Settings
 
 from hack.servers import Postgres
+from hack.servers.callers import tokens_file
 from tests.served import Served, serve
 
 TOKEN = "a-secret"
@@ -117,7 +118,9 @@ def served(model: Model, postgres: Postgres) -> Iterator[Served]:
     assert isinstance(database, str)
     _, login = readstore.logins(database, SCHEMA)
     dsn = postgres.dsn(database, user=quote(login, safe=""), password="q" * 32)
-    settings = Settings.model_validate({"projection": "shop/order-status", "readstore_dsn": dsn, "token": TOKEN})
+    settings = Settings.model_validate(
+        {"projection": "shop/order-status", "readstore_dsn": dsn, "auth": tokens_file(TOKEN)}
+    )
     with serve(app(settings), TOKEN) as served:
         yield served
 

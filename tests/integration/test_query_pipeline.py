@@ -26,6 +26,7 @@ from refold.projection.definition import Column, ColumnType, Definition, FoldRul
 from refold.projection.readstore import postgres as readstore
 
 from hack.servers import Kafka
+from hack.servers.callers import tokens_file
 from hack.servers.process import free_port
 from tests.stores import PASSWORD, Installed, connected, install
 
@@ -95,7 +96,8 @@ class Pipeline:
 
     def __init__(self, folder: Path, store: Installed, kafka: Kafka, stream: catalog.Stream) -> None:
         projector, query = readstore.logins(store.database, names.read_schema("shop", "order-status"))
-        self.eventstore = Service("eventstore", folder, store_dsn=store.service, token=TOKEN)
+        auth = tokens_file(TOKEN, folder)
+        self.eventstore = Service("eventstore", folder, store_dsn=store.service, auth=auth)
         self.relay = Service(
             "relay",
             folder,
@@ -112,9 +114,7 @@ class Pipeline:
             store_dsn=store.dsn(projector),
             kafka_bootstrap=kafka.bootstrap,
         )
-        self.query = Service(
-            "query", folder, projection="shop/order-status", readstore_dsn=store.dsn(query), token=TOKEN
-        )
+        self.query = Service("query", folder, projection="shop/order-status", readstore_dsn=store.dsn(query), auth=auth)
         self.services = [self.eventstore, self.relay, self.projector, self.query]
         self.stream = stream
 

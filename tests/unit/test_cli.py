@@ -11,10 +11,10 @@ import pytest
 REFOLD = Path(sys.executable).with_name("refold")
 
 
-def run(command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("REFOLD_")}
     return subprocess.run(
-        [REFOLD, command], env={**environment, **variables}, capture_output=True, text=True, timeout=60, check=False
+        [REFOLD, *arguments], env={**environment, **variables}, capture_output=True, text=True, timeout=60, check=False
     )
 
 
@@ -25,14 +25,29 @@ def test_a_process_without_its_settings_names_them_in_one_json_line(command: str
     [line] = ended.stderr.splitlines()
     logged = json.loads(line)
     assert (logged["level"], logged["process"]) == ("error", command)
-    assert len(logged["variables"]) >= 2
     assert set(logged["variables"].values()) == {"Field required"}
 
 
 def test_settings_that_are_wrong_are_named_without_their_values() -> None:
     ended = run(
-        "query", REFOLD_PROJECTION="a", REFOLD_READSTORE_DSN="postgresql://u:hunter2@h/d", REFOLD_TOKEN="hunter2" * 9
+        "query", REFOLD_PROJECTION="a", REFOLD_READSTORE_DSN="postgresql://u:hunter2@h/d", REFOLD_AUTH="hunter2" * 9
     )
     assert ended.returncode == 2
-    assert set(json.loads(ended.stderr)["variables"]) == {"REFOLD_PROJECTION"}
+    assert set(json.loads(ended.stderr)["variables"]) == {"REFOLD_PROJECTION", "REFOLD_AUTH"}
     assert "hunter2" not in ended.stderr + ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("auth", "why"),
+    [
+        ("kubernetes", "without a cluster give REFOLD_AUTH=tokens:FILE or REFOLD_AUTH=none"),
+        ("tokens:/nowhere/tokens.yaml", "the file of tokens /nowhere/tokens.yaml can't be read"),
+    ],
+)
+def test_a_way_to_decide_who_may_call_that_cannot_work_here_ends_the_process_with_what_to_give(
+    auth: str, why: str
+) -> None:
+    ended = run("eventstore", "--auth", auth, REFOLD_STORE_DSN="postgresql://u:p@h/d", KUBERNETES_SERVICE_HOST="")
+    assert ended.returncode == 2
+    [line] = ended.stderr.splitlines()
+    assert why in json.loads(line)["why"]

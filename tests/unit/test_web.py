@@ -19,7 +19,8 @@ import pytest
 import structlog
 from refold.web import bodies, openapi, paths
 from refold.web.app import App
-from refold.web.auth import SharedToken
+from refold.web.auth.access import EVENTS
+from refold.web.auth.choice import authority
 from refold.web.openapi import Operation, Parameter
 from refold.web.probes import Probes
 from refold.web.problems import Problem
@@ -27,6 +28,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Message
 
+from hack.servers.callers import tokens_file
 from tests.served import Served, serve
 
 TOKEN = "a-secret"
@@ -71,15 +73,24 @@ OPERATIONS = [
         "/v1/subjects/{subject}/events",
         echo,
         summary="Echo",
+        verb="get",
         parameters=[Parameter(name="subject", where="path", description="The subject")],
         answer={"application/json": Echo},
         problems=[404],
     ),
-    Operation("POST", "/count", count, summary="Count", body={"application/json": Echo}, answer={"text/plain": str}),
-    Operation("POST", "/lines", lines, summary="Lines", answer={"application/json": list[str]}),
-    Operation("GET", "/fail", fail, summary="Fail", answer={"text/plain": str}),
-    Operation("GET", "/refuse", refuse, summary="Refuse", answer={"text/plain": str}, problems=[409]),
-    Operation("GET", "/break-off", break_off, summary="Break off", answer={"text/plain": str}),
+    Operation(
+        "POST",
+        "/count",
+        count,
+        summary="Count",
+        verb="create",
+        body={"application/json": Echo},
+        answer={"text/plain": str},
+    ),
+    Operation("POST", "/lines", lines, summary="Lines", verb="create", answer={"application/json": list[str]}),
+    Operation("GET", "/fail", fail, summary="Fail", verb="get", answer={"text/plain": str}),
+    Operation("GET", "/refuse", refuse, summary="Refuse", verb="get", answer={"text/plain": str}, problems=[409]),
+    Operation("GET", "/break-off", break_off, summary="Break off", verb="get", answer={"text/plain": str}),
 ]
 
 
@@ -88,7 +99,11 @@ def served() -> Iterator[Served]:
     async def ready() -> str | None:
         return "no database"
 
-    with serve(App("Echo", OPERATIONS, authorise=SharedToken(TOKEN), ready=ready), TOKEN) as served:
+    app = App(
+        "Echo", OPERATIONS, authority=authority(tokens_file(TOKEN)), kind=EVENTS,
+        resource=lambda _: ("shop", "orders"), ready=ready,
+    )  # fmt: skip
+    with serve(app, TOKEN) as served:
         yield served
 
 
@@ -192,11 +207,6 @@ def test_a_request_without_a_bearer_token_is_refused(served: Served, sent: str |
     assert (answer.status, answer.headers["www-authenticate"]) == (401, 'Bearer realm="refold"')
 
 
-def test_an_empty_token_is_never_the_secret() -> None:
-    with pytest.raises(ValueError, match="REFOLD_TOKEN"):
-        SharedToken(" \n")
-
-
 def test_probes_are_open_and_tell_what_is_lacking(served: Served) -> None:
     assert served.ask("/healthz", token="").status == 200
     answer = served.ask("/readyz", token="")
@@ -287,13 +297,13 @@ def test_query_parameters_keep_their_order_and_repetitions() -> None:
 
 
 def test_the_description_names_every_operation_with_its_types() -> None:
-    described = msgspec.json.decode(openapi.document("Echo", OPERATIONS))
+    described = msgspec.json.decode(openapi.document("Echo", OPERATIONS, EVENTS))
     operation = described["paths"]["/v1/subjects/{subject}/events"]["get"]
     assert operation["parameters"][0]["required"]
     assert operation["responses"]["200"]["content"]["application/json"]["schema"] == {
         "$ref": "#/components/schemas/Echo"
     }
-    assert set(operation["responses"]) == {"200", "400", "401", "404", "503"}
+    assert set(operation["responses"]) == {"200", "400", "401", "403", "404", "503"}
     assert set(described["components"]["schemas"]) == {"Echo", "ProblemBody"}
 
 
@@ -321,7 +331,7 @@ import asyncio
 from refold import logs
 from refold.web import server
 from refold.web.app import App
-from refold.web.auth import SharedToken
+from refold.web.auth.everyone import Everyone
 from refold.web.openapi import Operation
 from starlette.responses import Response
 
@@ -333,8 +343,10 @@ async def ready():
     return None
 
 logs.configure("slow")
-operation = Operation("GET", "/slow", slow, summary="Slow", answer={"text/plain": str})
-server.run(App("Slow", [operation], authorise=SharedToken("t"), ready=ready), PORT)
+operation = Operation("GET", "/slow", slow, summary="Slow", verb="get", answer={"text/plain": str})
+server.run(
+    App("Slow", [operation], authority=Everyone(), kind="a/b", resource=lambda _: ("", ""), ready=ready), PORT
+)
 """
 
 

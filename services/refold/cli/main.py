@@ -5,10 +5,14 @@ loads the operator.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Annotated
 
 import structlog
 import typer
 from pydantic import ValidationError
+
+from refold.setup import SetupError
 
 # Typer's own tracebacks show local variables, so secrets.
 app = typer.Typer(
@@ -17,6 +21,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Refold: event sourcing and CQRS on Kubernetes.",
 )
+
+
+_Auth = Annotated[
+    str,
+    typer.Option(
+        envvar="REFOLD_AUTH",
+        help="Who may call: kubernetes (TokenReview and SubjectAccessReview), tokens:FILE (see docs/authorisation.md), "
+        "or none: whoever reaches the port may do everything.",
+    ),
+]
 
 
 def _run(main: Callable[[], None]) -> None:
@@ -33,17 +47,20 @@ def _run(main: Callable[[], None]) -> None:
         wrong = {f"REFOLD_{'.'.join(map(str, one['loc']))}".upper(): one["msg"] for one in found}
         log.error("Environment variables are missing or wrong", variables=wrong)
         raise typer.Exit(2) from None
+    except SetupError as error:
+        log.error("A setting can't work here", why=str(error))
+        raise typer.Exit(2) from None
     except Exception as error:
         log.exception("The process failed")
         raise typer.Exit(1) from error
 
 
 @app.command()
-def eventstore() -> None:
+def eventstore(auth: _Auth = "kubernetes") -> None:
     """Serve the event store of one PostgreSQL database over HTTP."""
     from refold.eventstore.server import main
 
-    _run(main)
+    _run(partial(main, auth))
 
 
 @app.command()
@@ -63,11 +80,11 @@ def projector() -> None:
 
 
 @app.command()
-def query() -> None:
+def query(auth: _Auth = "kubernetes") -> None:
     """Serve one Projection's read model over HTTP."""
     from refold.query.server import main
 
-    _run(main)
+    _run(partial(main, auth))
 
 
 @app.command()

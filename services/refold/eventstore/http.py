@@ -1,6 +1,7 @@
 """The event store over HTTP: its operations, on the pieces that all services share (`refold.web`)."""
 
 import datetime as dt
+import re
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from refold.web.openapi import NDJSON, Operation, Parameter
 from refold.web.problems import Problem
 
 JSON = "application/json"
+_LABEL = re.compile(r"[a-z0-9-]{1,63}")
 _NAMESPACE = Parameter(name="namespace", where="path", description="The EventStream's namespace")
 _NAME = Parameter(name="name", where="path", description="The EventStream's name")
 _SUBJECT = Parameter(
@@ -94,6 +96,7 @@ class Api:
                 "POST",
                 stream + "/subjects/{subject}/events",
                 self.append,
+                verb="create",
                 summary="Append events to a subject, all or none; a retry with the same ids changes nothing",
                 parameters=[_NAMESPACE, _NAME, _SUBJECT],
                 body={JSON: AppendBody},
@@ -105,6 +108,7 @@ class Api:
                 "POST",
                 stream + "/transactions",
                 self.append_all,
+                verb="create",
                 summary="Append to many subjects, all or none; a retry with the same ids changes nothing",
                 parameters=[_NAMESPACE, _NAME],
                 body={JSON: AppendAllBody},
@@ -116,6 +120,7 @@ class Api:
                 "POST",
                 stream + "/events",
                 self.bulk,
+                verb="create",
                 summary="Append to many subjects, an append a line; answers a line each, in order",
                 parameters=[_NAMESPACE, _NAME],
                 body={NDJSON: SubjectAppend},
@@ -126,6 +131,7 @@ class Api:
                 "GET",
                 stream + "/subjects/{subject}/events",
                 self.read_subject,
+                verb="get",
                 summary="The events of a subject, in order of their revisions or backwards",
                 parameters=[
                     _NAMESPACE,
@@ -157,6 +163,7 @@ class Api:
                 "GET",
                 stream + "/partitions/{partition}/events",
                 self.read_partition,
+                verb="get",
                 summary="The events of a partition, in order of their positions",
                 parameters=[
                     _NAMESPACE,
@@ -255,6 +262,20 @@ class Api:
             return (await self.store.stream(namespace, name)).incarnation
         except EventStoreError as error:
             raise from_error(error) from error
+
+
+def asked_stream(request: Request) -> tuple[str, str]:
+    """Return namespace and name of the stream that a request is about.
+
+    Raises:
+        Problem: 400 where they can't be decoded, 404 where no EventStream can be called so.
+    """
+    namespace, name = _stream(request)
+    if _LABEL.fullmatch(namespace) is None or _LABEL.fullmatch(name) is None:
+        raise Problem(
+            404, "stream-not-found", "No such stream", "namespaces and EventStreams are named by a-z, 0-9 and '-' only"
+        )
+    return namespace, name
 
 
 def _stream(request: Request) -> tuple[str, str]:

@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator
 from refold import logs
 from refold.eventstore.appends import Limits
 from refold.eventstore.errors import EventStoreError
-from refold.eventstore.http import Api
+from refold.eventstore.http import Api, asked_stream
 from refold.eventstore.settings import Settings
 from refold.eventstore.store import EventStore
 from refold.web import server
 from refold.web.app import App
-from refold.web.auth import SharedToken
+from refold.web.auth.access import EVENTS
+from refold.web.auth.choice import authority
 
 
 def make(settings: Settings) -> App:
@@ -40,14 +41,16 @@ def make(settings: Settings) -> App:
     return App(
         "Refold event store",
         api.operations(),
-        authorise=SharedToken(settings.token.get_secret_value()),
+        authority=authority(settings.auth),
+        kind=EVENTS,
+        resource=asked_stream,
         ready=ready,
         lifespan=lifespan,
     )
 
 
-def main() -> None:
-    """Serve until SIGTERM; finish what was acknowledged."""
+def main(auth: str) -> None:
+    """Serve until SIGTERM; finish what was acknowledged. `auth` tells who may call, the environment everything else."""
     logs.configure("eventstore")
-    settings = Settings()  # type: ignore[call-arg]  # from the environment
+    settings = Settings(auth=auth)  # type: ignore[call-arg]  # from the environment
     server.run(make(settings), settings.port)

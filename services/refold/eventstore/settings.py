@@ -5,6 +5,8 @@ from typing import Annotated
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from refold.web.auth.choice import DEFAULT, Choice
+
 
 class Settings(BaseSettings):
     """Variables named `REFOLD_` and the field's name in capitals."""
@@ -13,8 +15,8 @@ class Settings(BaseSettings):
 
     #: The store's database, as its service role. A direct connection, not one through a pool of transactions.
     store_dsn: SecretStr
-    #: What callers send as `Authorization: Bearer …`.
-    token: Annotated[SecretStr, Field(min_length=1)]
+    #: Who decides who may call: `kubernetes`, `tokens:FILE` or `none`.
+    auth: Choice = DEFAULT
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
     #: The most events of one append.
     append_events: Annotated[int, Field(ge=1, le=10_000)] = 1000

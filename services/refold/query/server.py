@@ -23,7 +23,8 @@ from refold.query.settings import Settings
 from refold.query.waiting import DEFAULT_SECONDS, MOST_SECONDS, Waiting, wanted
 from refold.web import paths, server
 from refold.web.app import App
-from refold.web.auth import SharedToken
+from refold.web.auth.access import ROWS
+from refold.web.auth.choice import authority
 from refold.web.openapi import Operation, Parameter
 from refold.web.problems import Problem
 
@@ -193,6 +194,7 @@ def operations(handlers: Handlers) -> list[Operation]:
             "/v1/rows/{key}",
             handlers.row,
             summary="The row of a key",
+            verb="get",
             parameters=[
                 Parameter(
                     name="key", where="path", description="The row's key", schema={"type": "string", "minLength": 1}
@@ -207,6 +209,7 @@ def operations(handlers: Handlers) -> list[Operation]:
             "/v1/rows",
             handlers.rows,
             summary="The rows that meet all filters, by key",
+            verb="get",
             parameters=[
                 Parameter(
                     name="where",
@@ -227,7 +230,14 @@ def operations(handlers: Handlers) -> list[Operation]:
             answer={_JSON: Page},
             problems=[422, 504],
         ),
-        Operation("GET", "/v1/status", handlers.status, summary="The live version and its lag", answer={_JSON: Status}),
+        Operation(
+            "GET",
+            "/v1/status",
+            handlers.status,
+            summary="The live version and its lag",
+            verb="get",
+            answer={_JSON: Status},
+        ),
     ]
 
 
@@ -255,14 +265,16 @@ def app(settings: Settings) -> App:
     return App(
         f"Refold query: {settings.projection}",
         operations(Handlers(reader)),
-        authorise=SharedToken(settings.token.get_secret_value()),
+        authority=authority(settings.auth),
+        kind=ROWS,
+        resource=lambda _: (settings.namespace, settings.name),
         ready=ready,
         lifespan=lifespan,
     )
 
 
-def main() -> None:
-    """Serve the read model of `REFOLD_PROJECTION` until SIGTERM."""
+def main(auth: str) -> None:
+    """Serve the read model of `REFOLD_PROJECTION` until SIGTERM. `auth` tells who may call."""
     logs.configure("query")
-    settings = Settings()  # type: ignore[call-arg] # from the environment
+    settings = Settings(auth=auth)  # type: ignore[call-arg] # from the environment
     server.run(app(settings), settings.port)

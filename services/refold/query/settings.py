@@ -5,6 +5,8 @@ from typing import Annotated
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from refold.web.auth.choice import DEFAULT, Choice
+
 
 class Settings(BaseSettings):
     """Variables named `REFOLD_` and the field's name in capitals."""
@@ -15,8 +17,8 @@ class Settings(BaseSettings):
     projection: Annotated[str, Field(pattern=r"^[a-z0-9-]+/[a-z0-9-]+$")]
     #: Where the read model is; its user needs to read the projection's schema, nothing else.
     readstore_dsn: SecretStr
-    #: What callers send as `Authorization: Bearer …`.
-    token: Annotated[SecretStr, Field(min_length=1)]
+    #: Who decides who may call: `kubernetes`, `tokens:FILE` or `none`.
+    auth: Choice = DEFAULT
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
 
     @property

@@ -7,7 +7,7 @@ and `server.run`::
         Operation(
             "GET", "/v1/things/{name}", get_thing, summary="A thing by its name",
             parameters=[Parameter(name="name", where="path", description="The thing's name")],
-            answer={"application/json": Thing}, problems=[404],
+            verb="get", answer={"application/json": Thing}, problems=[404],
         )
     ]
 
@@ -20,7 +20,8 @@ and `server.run`::
     def main() -> None:
         logs.configure("things")
         app = App(
-            "Refold things", OPERATIONS, authorise=SharedToken(settings.token), ready=ready, lifespan=lifespan
+            "Refold things", OPERATIONS, authority=authority(settings.auth), kind="things/parts",
+            resource=lambda request: ("shop", paths.parameter(request, "name")), ready=ready, lifespan=lifespan,
         )
         server.run(app, settings.port)
 

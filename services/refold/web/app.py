@@ -1,9 +1,10 @@
 """The ASGI application of a service: Starlette's router, and around it what holds for every request.
 
 - Routes match on the raw path (see `paths`).
-- `/healthz` and `/readyz` are open; everything else, `/metrics` and `/openapi.json` too, is authorised first, so that a
-  caller without credentials learns nothing, not even which paths exist. (Prometheus sends a bearer token with
-  `authorization.credentials`.)
+- `/healthz` and `/readyz` are open; for everything else the caller has to be known first, so that one without
+  credentials learns nothing, not even which paths exist. An operation then asks for its verb on the resource that the
+  path names, before its handler begins; `/metrics` for the right to get that path; `/openapi.json` is any known
+  caller's.
 - Every error is a problem (see `problems`); an unexpected one is logged with its traceback and answered with 500 and
   nothing about it.
 - Requests are counted and timed by route.
@@ -12,7 +13,8 @@ It is one class and not a stack of middlewares, since each of these costs a call
 """
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from http import HTTPStatus
 from typing import Any
 
@@ -25,7 +27,7 @@ from starlette.routing import Route, Router
 from starlette.types import Lifespan, Message, Receive, Scope, Send
 
 from refold.web import openapi
-from refold.web.auth import Authorise
+from refold.web.auth.access import METRICS, Authority, PathAccess, ResourceAccess, Verb
 from refold.web.problems import Problem
 
 log = structlog.get_logger(__name__)
@@ -46,7 +48,10 @@ class App:
     Args:
         title: of the OpenAPI description.
         operations: what is served besides the probes, `/metrics` and `/openapi.json`.
-        authorise: decides on every request but the probes.
+        authority: decides on every request but the probes; entered before and left after `lifespan`.
+        resource: tells which resource (namespace and name) a request for one of `operations` is about. What it raises
+            is the answer: 400 or 404 for what no resource can be called.
+        kind: what rights are given on, `EVENTS` or `ROWS` of `auth.access`.
         ready: returns None where the service can do its work now, else what it lacks; asked by `/readyz`.
         lifespan: entered before the first request is accepted, left after the last was answered; given this App.
     """
@@ -56,26 +61,37 @@ class App:
         title: str,
         operations: Sequence[openapi.Operation],
         *,
-        authorise: Authorise,
+        authority: Authority,
+        kind: str,
+        resource: Callable[[Request], tuple[str, str]],
         ready: Callable[[], Awaitable[str | None]],
         lifespan: Lifespan["App"] | None = None,
     ) -> None:
-        self._authorise = authorise
+        self._authority = authority
         self._ready = ready
         self._timers: dict[tuple[str, str, int], Histogram] = {}  # finding a labelled child costs more than observing
-        description = openapi.document(title, operations)
+        description = openapi.document(title, operations, kind)
 
         async def describe(_: Request) -> Response:
             return Response(description, media_type="application/json")
 
         routes = [
-            *(Route(one.path, _Endpoint(one.handler), methods=[one.method]) for one in operations),
+            *(
+                Route(one.path, _Guarded(one.handler, one.verb, kind, resource), methods=[one.method])
+                for one in operations
+            ),
             Route("/openapi.json", _Endpoint(describe), methods=["GET"]),
-            Route("/metrics", _Endpoint(_metrics), methods=["GET"]),
+            Route(METRICS, _Endpoint(_metrics), methods=["GET"]),
             Route("/healthz", _Endpoint(_healthy), methods=["GET"]),
             Route("/readyz", _Endpoint(self._answer_ready), methods=["GET"]),
         ]
-        self._router = Router(routes, redirect_slashes=False, lifespan=lifespan)
+
+        @asynccontextmanager
+        async def entered(app: App) -> AsyncIterator[None]:
+            async with authority, nullcontext() if lifespan is None else lifespan(app):
+                yield
+
+        self._router = Router(routes, redirect_slashes=False, lifespan=entered)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection scope."""
@@ -95,7 +111,7 @@ class App:
 
         try:
             if scope["path"] not in _OPEN:
-                await self._authorise(Request(scope))
+                scope["caller"] = await self._authority.caller(scope)
             await self._router(scope, receive, sender)
         except ClientDisconnect:
             status = status or 499  # nobody is left to be answered; the number is what proxies log for it
@@ -131,11 +147,34 @@ class _Endpoint:
         await response(scope, receive, send)
 
 
+class _Guarded:
+    """A handler of an operation: called where the caller has the operation's right on the request's resource."""
+
+    def __init__(
+        self,
+        handler: Callable[[Request], Awaitable[Response]],
+        verb: Verb,
+        kind: str,
+        resource: Callable[[Request], tuple[str, str]],
+    ) -> None:
+        self._handler = handler
+        self._verb = verb
+        self._kind = kind
+        self._resource = resource
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive, send)
+        await scope["caller"].require(ResourceAccess(self._verb, self._kind, *self._resource(request)))
+        response = await self._handler(request)
+        await response(scope, receive, send)
+
+
 async def _healthy(_: Request) -> Response:
     return Response(b"ok\n", media_type="text/plain")
 
 
-async def _metrics(_: Request) -> Response:
+async def _metrics(request: Request) -> Response:
+    await request.scope["caller"].require(PathAccess(METRICS))
     return Response(generate_latest(), headers={"content-type": CONTENT_TYPE_LATEST})
 
 

@@ -12,12 +12,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import refold
+from refold.web.auth.access import AUDIENCE, GROUP, Verb
 from refold.web.problems import MEDIA_TYPE, ProblemBody
 
 NDJSON = "application/x-ndjson"
 _TITLES = {
     400: "The path, the query string or a header can't be read",
-    401: "No valid bearer token",
+    401: f"No valid bearer token. In a cluster: one for the audience {AUDIENCE}, from a projected service account "
+    f"token or `kubectl create token NAME --audience {AUDIENCE}`",
     404: "Not found",
     409: "In conflict with what is there",
     413: "Too large",
@@ -54,17 +56,19 @@ class Operation:
         path: with parameters in braces, for example "/v1/rows/{key}".
         handler: answers the request.
         summary: one line.
+        verb: what the caller must have the right to do with the resource that the path names.
         parameters: all of them; those of the path too.
         body: media type → the msgspec type of a request's body (of one line, for NDJSON).
         status: of a success.
         answer: media type → the msgspec type of a success's body (of one line, for NDJSON).
-        problems: the statuses of its problems, besides 400, 401 and 503, which each has.
+        problems: the statuses of its problems, besides 400, 401, 403 and 503, which each has.
     """
 
     method: str
     path: str
     handler: Callable[[Request], Awaitable[Response]]
     summary: str = field(kw_only=True)
+    verb: Verb = field(kw_only=True)
     parameters: Sequence[Parameter] = field(default=(), kw_only=True)
     body: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     status: int = field(default=200, kw_only=True)
@@ -72,8 +76,8 @@ class Operation:
     problems: Sequence[int] = field(default=(), kw_only=True)
 
 
-def document(title: str, operations: Sequence[Operation]) -> bytes:
-    """Return the OpenAPI 3.1 description of `operations` as JSON."""
+def document(title: str, operations: Sequence[Operation], kind: str) -> bytes:
+    """Return the OpenAPI 3.1 description of `operations`, whose rights are given on `kind`, as JSON."""
     types = [ProblemBody]
     for operation in operations:
         types += [*operation.body.values(), *operation.answer.values()]
@@ -88,8 +92,9 @@ def document(title: str, operations: Sequence[Operation]) -> bytes:
         responses: dict[str, Any] = {
             str(operation.status): {"description": "Success", "content": content(operation.answer)}
         }
-        for status in sorted({400, 401, 503, *operation.problems}):
-            responses[str(status)] = {"description": _TITLES[status], "content": content({MEDIA_TYPE: ProblemBody})}
+        titles = {**_TITLES, 403: _forbidden(operation.verb, kind)}
+        for status in sorted({400, 401, 403, 503, *operation.problems}):
+            responses[str(status)] = {"description": titles[status], "content": content({MEDIA_TYPE: ProblemBody})}
         described: dict[str, Any] = {
             "operationId": operation.handler.__name__,
             "summary": operation.summary,
@@ -116,4 +121,11 @@ def document(title: str, operations: Sequence[Operation]) -> bytes:
             "paths": paths,
             "components": {"schemas": components, "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}},
         }
+    )
+
+
+def _forbidden(verb: Verb, kind: str) -> str:
+    return (
+        f"The caller may not {verb} {kind}: bind it a Role of the namespace with "
+        f"{{apiGroups: [{GROUP}], resources: [{kind}], verbs: [{verb}], resourceNames: [NAME]}}"
     )
