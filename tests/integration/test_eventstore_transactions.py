@@ -28,6 +28,7 @@ from refold.eventstore.settings import Settings
 from refold.partitioning import partition_of
 
 from hack.servers import Postgres
+from hack.servers.callers import tokens_file
 from tests.served import Answer, Served, serve
 from tests.stores import PASSWORD, Installed, Log, check_history, connected, event, install, together
 
@@ -383,7 +384,8 @@ async def test_a_stream_s_writer_appends_all_or_none_in_sql_too(log: Log) -> Non
 @pytest.fixture(scope="module")
 async def served(installed: Installed) -> AsyncIterator[Served]:
     await installed.stream("served")
-    settings = Settings(store_dsn=installed.service, token=TOKEN, append_events=10, event_bytes=2000, append_bytes=4096)
+    auth = tokens_file(TOKEN)
+    settings = Settings(store_dsn=installed.service, auth=auth, append_events=10, event_bytes=2000, append_bytes=4096)
     with serve(server.make(settings), TOKEN) as api:
         yield api
 
