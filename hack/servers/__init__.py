@@ -4,7 +4,7 @@ Real servers with durability on (fsync, synchronous_commit), each with a data fo
 as child processes so that a test can kill, stop and restart them. `hack/servers/install.sh` brings what they need.
 """
 
-from hack.servers.kafka import Kafka
+from hack.servers.kafka import Kafka, SecuredKafka
 from hack.servers.postgres import Postgres
 
-__all__ = ["Kafka", "Postgres"]
+__all__ = ["Kafka", "Postgres", "SecuredKafka"]

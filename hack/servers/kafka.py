@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from hack.servers.certificates import Authority
 from hack.servers.process import Process, accepts, cache, free_port
 
 _POM = Path(__file__).parents[2] / "images" / "kafka" / "pom.xml"
@@ -102,3 +103,55 @@ class Kafka:
         """Kill the broker and delete its data."""
         self.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class SecuredKafka(Kafka):
+    """A broker that asks who is there: SASL_SSL (SCRAM and PLAIN), SSL (mTLS), and ACLs that deny by default.
+
+    `bootstrap` is a listener without TLS whose (anonymous) clients are super users: the test's own way in.
+
+    Attributes:
+        authority: signed the broker's certificate, and signs those of clients (principal `User:CN=<name>`).
+        sasl: `host:port` of the listener SASL_SSL.
+        mtls: `host:port` of the listener SSL.
+    """
+
+    def __init__(self, *, plain_users: dict[str, str]) -> None:
+        """Make certificates and format the storage; `plain_users` (name to password) may log in with PLAIN."""
+        self._secrets = Path(tempfile.mkdtemp(prefix="refold-kafka-secrets-"))
+        self.authority = Authority(self._secrets / "ca")
+        self.authority.issue("broker", self._secrets)
+        store = self._secrets / "broker.pem"
+        store.write_text("".join((self._secrets / file).read_text() for file in ("user.key", "user.crt")))
+        port, controller, sasl, mtls = (free_port() for _ in range(4))
+        self.sasl, self.mtls = f"127.0.0.1:{sasl}", f"127.0.0.1:{mtls}"
+        listeners = f"PLAINTEXT://127.0.0.1:{port},SASL_SSL://{self.sasl},SSL://{self.mtls}"
+        users = " ".join(f'user_{name}="{password}"' for name, password in plain_users.items())
+        modules = "org.apache.kafka.common.security"
+        super().__init__(
+            settings={
+                "listeners": f"{listeners},CONTROLLER://127.0.0.1:{controller}",
+                "advertised.listeners": listeners,
+                "controller.quorum.voters": f"1@127.0.0.1:{controller}",
+                "listener.security.protocol.map": (
+                    "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SASL_SSL:SASL_SSL,SSL:SSL"
+                ),
+                "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+                "super.users": "User:ANONYMOUS",
+                "ssl.keystore.type": "PEM",
+                "ssl.keystore.location": str(store),
+                "ssl.truststore.type": "PEM",
+                "ssl.truststore.location": str(self.authority.certificate),
+                "listener.name.ssl.ssl.client.auth": "required",
+                "sasl.enabled.mechanisms": "SCRAM-SHA-512,SCRAM-SHA-256,PLAIN",
+                "listener.name.sasl_ssl.scram-sha-512.sasl.jaas.config": f"{modules}.scram.ScramLoginModule required;",
+                "listener.name.sasl_ssl.scram-sha-256.sasl.jaas.config": f"{modules}.scram.ScramLoginModule required;",
+                "listener.name.sasl_ssl.plain.sasl.jaas.config": f"{modules}.plain.PlainLoginModule required {users};",
+            }
+        )
+        self.port = port
+
+    def remove(self) -> None:
+        """Kill the broker and delete its data and secrets."""
+        super().remove()
+        shutil.rmtree(self._secrets, ignore_errors=True)

@@ -24,8 +24,14 @@ class UnreachableError(Exception):
 
     Attributes:
         system: which one, for people, such as `Kafka at kafka:9092`.
+        reason: one CamelCase word where more is known than that, such as `KafkaAuthenticationFailed`.
     """
 
-    def __init__(self, system: str, answer: str) -> None:
+    def __init__(self, system: str, answer: str, *, reason: str | None = None) -> None:
         super().__init__(f"{system} can't be reached: {answer}")
         self.system = system
+        self.reason = reason
+
+
+class ForbiddenError(Exception):
+    """Kafka knows the operator and doesn't authorise what it asked; until somebody grants it, it never will."""

@@ -15,7 +15,7 @@ from refold import names
 from refold.eventstore.catalog import Stream
 from refold.eventstore.errors import ConflictError, EventStoreError, NotInstalledError
 
-from refold_operator.errors import ReconcileError, UnreachableError
+from refold_operator.errors import ForbiddenError, ReconcileError, UnreachableError
 from refold_operator.kafka import Kafka, Topic, TopicExistsError, TopicRefusedError
 from refold_operator.resources import TAKE_OVER_ANNOTATION, EventStream
 from refold_operator.status import Condition, Status
@@ -303,7 +303,9 @@ def _kafka_errors(topic: str) -> Iterator[None]:
     try:
         yield
     except UnreachableError as error:
-        raise ReconcileError("TopicReady", "KafkaUnreachable", str(error)) from error
+        raise ReconcileError("TopicReady", error.reason or "KafkaUnreachable", str(error)) from error
+    except ForbiddenError as error:
+        raise ReconcileError("TopicReady", "KafkaForbidden", f"topic {topic}: {error}") from error
     except (TopicRefusedError, KafkaException) as error:
         raise ReconcileError(
             "TopicReady",

@@ -19,17 +19,18 @@ from confluent_kafka.admin import (
     NewTopic,
     ResourceType,
 )
+from refold.kafka import Brokers
 
-from refold_operator.errors import UnreachableError
+from refold_operator.errors import ForbiddenError, UnreachableError
 
 _TIMEOUT_SECONDS = 15.0
 # What a broker answers about the request itself; everything else is an outage or a change of leaders that passes.
 _REFUSALS = {
     KafkaError.INVALID_CONFIG, KafkaError.INVALID_REPLICATION_FACTOR, KafkaError.INVALID_PARTITIONS,
-    KafkaError.POLICY_VIOLATION, KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-    KafkaError.TOPIC_EXCEPTION, KafkaError.INVALID_REQUEST, KafkaError.TOPIC_DELETION_DISABLED,
-    KafkaError.UNSUPPORTED_VERSION,
+    KafkaError.POLICY_VIOLATION, KafkaError.TOPIC_EXCEPTION, KafkaError.INVALID_REQUEST,
+    KafkaError.TOPIC_DELETION_DISABLED, KafkaError.UNSUPPORTED_VERSION,
 }  # fmt: skip
+_FORBIDDEN = {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED}
 
 
 class TopicRefusedError(Exception):
@@ -59,18 +60,11 @@ class Topic:
 class Kafka:
     """One Kafka cluster."""
 
-    def __init__(self, bootstrap: str) -> None:
-        """Connect lazily to the brokers `bootstrap` (`host:port,…`)."""
-        self._system = f"Kafka at {bootstrap}"
-        # A closed idle connection isn't worth a log line; errors come with each answer.
-        self._admin = AdminClient(
-            {
-                "bootstrap.servers": bootstrap,
-                "client.id": "refold-operator",
-                "log_level": 2,
-                "reconnect.backoff.max.ms": 2000,
-            }
-        )
+    def __init__(self, brokers: Brokers) -> None:
+        """Connect lazily."""
+        self._system = f"Kafka at {brokers.bootstrap}"
+        self._brokers = brokers
+        self._admin = AdminClient({**brokers.config(), "client.id": "refold-operator"})
 
     async def cluster_id(self) -> str:
         """Return the cluster's id, which no other cluster has."""
@@ -154,11 +148,25 @@ class Kafka:
             async with asyncio.timeout(_TIMEOUT_SECONDS + 10):
                 return await asyncio.wrap_future(future)
         except TimeoutError:
-            raise UnreachableError(self._system, f"no answer within {_TIMEOUT_SECONDS + 10:.0f} s") from None
+            raise self._unreachable(f"no answer within {_TIMEOUT_SECONDS + 10:.0f} s") from None
         except KafkaException as error:
             answer = error.args[0]
             if answer.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.TOPIC_ALREADY_EXISTS):
                 raise
+            if answer.code() in _FORBIDDEN:
+                raise ForbiddenError(
+                    f"{self._system} knows the operator and doesn't authorise this ({answer.name()}): "
+                    "docs/kafka-security.md lists the rights that it needs"
+                ) from error
             if answer.code() in _REFUSALS:
                 raise TopicRefusedError(answer.str()) from error
-            raise UnreachableError(self._system, answer.str()) from error
+            raise self._unreachable(answer.str()) from error
+
+    def _unreachable(self, answer: str) -> UnreachableError:
+        """Return the error of an outage, with what librdkafka's log tells of the connections."""
+        self._admin.poll(0)
+        trouble = self._brokers.trouble()
+        if trouble is None:
+            return UnreachableError(self._system, answer)
+        known = trouble.reason in ("AuthenticationFailed", "CertificateUnknown", "CertificateRefused")
+        return UnreachableError(self._system, trouble.message, reason=f"Kafka{trouble.reason}" if known else None)

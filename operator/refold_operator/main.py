@@ -7,7 +7,7 @@ import time
 
 import kopf
 import structlog
-from refold import logs
+from refold import kafka, logs
 from refold.web.probes import Probes
 
 from refold_operator import handlers
@@ -51,8 +51,10 @@ async def run(settings: Settings) -> None:
     read_database = Database(settings.readstore_admin_dsn.get_secret_value(), "read store")
     store, readstore = Store(store_database), ReadStore(read_database)
     installation = Installation(namespace=settings.namespace, cluster=cluster, store=store, readstore=readstore)
+    brokers = settings.brokers()
+    kafka.end_when_changed(brokers)
     controller = Controller(
-        settings, cluster=cluster, store=store, readstore=readstore, kafka=Kafka(settings.kafka_bootstrap),
+        settings, cluster=cluster, store=store, readstore=readstore, kafka=Kafka(brokers),
         installation=installation,
     )  # fmt: skip
     pulse = _Pulse()

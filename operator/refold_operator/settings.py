@@ -4,12 +4,13 @@ from typing import Literal
 
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
+from refold import kafka
 
 from refold_operator.dsn import check
 
 
-class Settings(BaseSettings):
+class Settings(kafka.Settings):
     """What the operator needs to know of its installation. Secrets never appear in logs or messages."""
 
     model_config = SettingsConfigDict(env_prefix="REFOLD_", hide_input_in_errors=True)
@@ -18,8 +19,6 @@ class Settings(BaseSettings):
     store_admin_dsn: SecretStr
     #: The same for the read store; it may be the same database.
     readstore_admin_dsn: SecretStr
-    #: `host:port,…` of the Kafka brokers, for the operator and for the projectors.
-    kafka_bootstrap: str
     #: The image of projectors and query services: the operator's own.
     image: str
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"

@@ -7,6 +7,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from refold.kafka import Brokers, Settings
 from refold_operator import credentials, eventstream, resources
 from refold_operator.database import Database
 from refold_operator.errors import ReconcileError
@@ -34,7 +35,7 @@ async def store(database: str) -> AsyncIterator[Store]:
 
 @pytest.fixture(scope="session")
 def topics(kafka: KafkaServer) -> Kafka:
-    return Kafka(kafka.bootstrap)
+    return Kafka(Brokers(Settings(kafka_bootstrap=kafka.bootstrap)))
 
 
 @pytest.fixture

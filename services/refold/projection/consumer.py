@@ -5,8 +5,6 @@ decided by the projector from the read store's positions: a new partition arrive
 it. Offsets are committed to Kafka only for lag tools; nothing is ever read from them.
 """
 
-import logging
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
@@ -14,11 +12,12 @@ import structlog
 from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, Message, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from refold.kafka import Brokers
+
 log = structlog.get_logger(__name__)
 
 #: Seconds that a question to the brokers may take.
 _ANSWER_SECONDS = 5.0
-_SAME_KIND_SECONDS = 10.0
 
 #: A topic's partition.
 Place = tuple[str, int]
@@ -42,7 +41,7 @@ class TopicConsumer:
     def __init__(
         self,
         *,
-        bootstrap: str,
+        brokers: Brokers,
         group: str,
         topics: Iterable[str],
         session_seconds: int,
@@ -52,7 +51,7 @@ class TopicConsumer:
         """Join the group with the first `poll`.
 
         Args:
-            bootstrap: `host:port`, several with commas.
+            brokers: the cluster.
             group: the consumer group.
             topics: those to share out among the group's members.
             session_seconds: without a heartbeat for so long, Kafka gives the partitions to others.
@@ -61,11 +60,11 @@ class TopicConsumer:
         """
         self._on_assigned = on_assigned
         self._on_revoked = on_revoked
-        # its errors come with its answers; what it logs itself isn't JSON
-        self._admin = AdminClient({"bootstrap.servers": bootstrap, "socket.timeout.ms": 10_000, "log_level": 0})
+        self._brokers = brokers
+        self._admin = AdminClient({**brokers.config(), "socket.timeout.ms": 10_000})
         self._consumer = Consumer(
             {
-                "bootstrap.servers": bootstrap,
+                **brokers.config(),
                 "group.id": group,
                 "isolation.level": "read_committed",
                 "partition.assignment.strategy": "cooperative-sticky",
@@ -77,15 +76,13 @@ class TopicConsumer:
                 "session.timeout.ms": session_seconds * 1000,
                 "heartbeat.interval.ms": min(3000, session_seconds * 1000 // 3),
                 "socket.timeout.ms": 10_000,
-                "reconnect.backoff.max.ms": 2000,
                 "topic.metadata.refresh.interval.ms": 30_000,
                 "queued.max.messages.kbytes": 32_768,
                 "fetch.queue.backoff.ms": 20,
                 # the broker answers as soon as there is a byte, and waits so long for one
                 "fetch.wait.max.ms": 500,
                 "on_commit": _on_commit,
-            },
-            logger=_logger(),
+            }
         )
         self._consumer.subscribe(list(topics), on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._revoked)
 
@@ -115,7 +112,11 @@ class TopicConsumer:
                 low, high = self._consumer.get_watermark_offsets(TopicPartition(*place), _ANSWER_SECONDS)
                 found[place] = Offsets(ids[place[0]], low, high)
         except (KafkaException, TimeoutError) as error:
-            raise KafkaUnavailableError(f"asking Kafka which offsets {topics} hold: {error}") from error
+            trouble = self._brokers.trouble()
+            why = error if trouble is None else f"{error}; {trouble.message}"
+            raise KafkaUnavailableError(f"asking Kafka which offsets {topics} hold: {why}") from error
+        finally:
+            self._admin.poll(0)  # its log is heard here
         return found
 
     def start(self, place: Place, offset: int) -> bool:
@@ -160,30 +161,6 @@ class TopicConsumer:
     def _revoked(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self._on_revoked([(one.topic, one.partition) for one in partitions])
         consumer.incremental_unassign(partitions)
-
-
-def _logger() -> logging.Logger:
-    """Return where librdkafka's own messages go, without the many repetitions of an outage."""
-    logger = logging.getLogger("librdkafka")
-    if not logger.filters:
-        logger.addFilter(_Sparse())
-    return logger
-
-
-class _Sparse(logging.Filter):
-    """Lets one message of a kind (librdkafka's first word) pass in `_SAME_KIND_SECONDS`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._next: dict[str, float] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        kind = record.getMessage().partition(" ")[0]
-        now = time.monotonic()
-        if now < self._next.get(kind, 0.0):
-            return False
-        self._next[kind] = now + _SAME_KIND_SECONDS
-        return True
 
 
 def _useful(message: Message) -> bool:

@@ -5,7 +5,7 @@ import sys
 
 import structlog
 
-from refold import logs
+from refold import kafka, logs
 from refold.projection.projector import Projector
 from refold.projection.settings import Settings
 from refold.web.probes import Probes
@@ -19,6 +19,7 @@ def main() -> None:
     settings = Settings()  # type: ignore[call-arg]  # from the environment
     structlog.contextvars.bind_contextvars(projection=settings.projection, version=settings.version)
     projector = Projector(settings)
+    kafka.end_when_changed(settings.brokers())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: projector.stop())
     with Probes(settings.port, healthy=projector.healthy, ready=projector.ready):

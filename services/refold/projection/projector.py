@@ -119,6 +119,7 @@ class Projector:
     def __init__(self, settings: Settings) -> None:
         """Prepare; nothing is connected yet."""
         self._settings = settings
+        self._brokers = settings.brokers()
         self._stopping = threading.Event()
         self._beat = time.monotonic()
         self._not_ready: str | None = "starting"
@@ -147,7 +148,8 @@ class Projector:
 
     def ready(self) -> str | None:
         """Return what is missing for the work; None where nothing is."""
-        return self._not_ready
+        trouble = None if self._partitions else self._brokers.trouble()
+        return self._not_ready or (trouble and trouble.message)
 
     def run(self) -> None:
         """Fold until stopped. Outages of PostgreSQL and Kafka are waited out."""
@@ -159,7 +161,7 @@ class Projector:
         self._heads = Heads(self._settings.store_dsn.get_secret_value(), definition.streams)
         self._heads.start()
         self._consumer = TopicConsumer(
-            bootstrap=self._settings.kafka_bootstrap,
+            brokers=self._brokers,
             group=names.consumer_group(self._settings.namespace, self._settings.name, self._settings.version),
             topics=self._streams,
             session_seconds=self._settings.session_seconds,

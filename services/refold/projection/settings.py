@@ -1,10 +1,12 @@
 """The projector's settings, from environment variables `REFOLD_…`."""
 
 from pydantic import Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
+
+from refold import kafka
 
 
-class Settings(BaseSettings):
+class Settings(kafka.Settings):
     """What one projector process is given; all processes of a version are given the same."""
 
     model_config = SettingsConfigDict(env_prefix="REFOLD_")
@@ -17,8 +19,6 @@ class Settings(BaseSettings):
     readstore_dsn: SecretStr
     #: PostgreSQL of the event store, as a login that may read the streams and the heads.
     store_dsn: SecretStr
-    #: `host:port`, several with commas.
-    kafka_bootstrap: str
     #: Where `/healthz`, `/readyz` and `/metrics` are served.
     port: int = Field(8080, ge=0, le=65535)
     #: Events that one transaction of the read store holds at most; more cost memory (about 2 KiB each) and save little.

@@ -13,7 +13,7 @@ from contextlib import suppress
 import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
-from refold.relay import client
+from refold.kafka import Brokers
 from refold.relay.topics import Topics
 
 _CONFIG = {
@@ -106,7 +106,9 @@ class CheckpointTopic:
         return self._name
 
 
-def load(bootstrap: str, topic: str, shard: int, *, end: int, timeout: float, check: Callable[[], None]) -> Checkpoints:
+def load(
+    brokers: Brokers, topic: str, shard: int, *, end: int, timeout: float, check: Callable[[], None]
+) -> Checkpoints:
     """Read the checkpoints of a shard, up to `end`, committed ones only.
 
     `end` is the partition's high watermark, asked for after `init_transactions`, which ends every transaction of a
@@ -124,7 +126,7 @@ def load(bootstrap: str, topic: str, shard: int, *, end: int, timeout: float, ch
         return found
     consumer = Consumer(
         {
-            **client.config(bootstrap),
+            **brokers.config(),
             "group.id": "refold.relay",  # required, but never joined: the partition is assigned by hand
             "isolation.level": "read_committed",
             "auto.offset.reset": "error",

@@ -6,7 +6,7 @@ import threading
 import psycopg
 import structlog
 
-from refold import logs, names
+from refold import kafka, logs, names
 from refold.relay import backoff, source
 from refold.relay.checkpoint import CheckpointTopic
 from refold.relay.lock import Locks
@@ -44,6 +44,7 @@ class Relay:
         """Nothing is started or connected yet."""
         self._settings = settings
         self._dsn = settings.store_dsn.get_secret_value()
+        self._brokers = settings.brokers()
         self._pulse = Pulse()
         mailboxes = [Mailbox() for _ in range(settings.relay_shards)]
         self._watcher = Watcher(self._dsn, mailboxes, self._pulse)
@@ -56,12 +57,13 @@ class Relay:
         store_id = self._wait_for_store(stop)
         if store_id is None:
             return
-        bootstrap, shards = self._settings.kafka_bootstrap, self._settings.relay_shards
-        topics = Topics(bootstrap)
+        shards = self._settings.relay_shards
+        kafka.end_when_changed(self._brokers)
+        topics = Topics(self._brokers)
         checkpoints = CheckpointTopic(
             topics, names.checkpoint_topic(store_id), shards=shards, replicas=self._settings.checkpoint_replicas
         )
-        target = Target(self._dsn, bootstrap, topics, store_id, checkpoints)
+        target = Target(self._dsn, self._brokers, topics, store_id, checkpoints)
         self._shards = [
             Shard(number, target, self._locks, mailbox, self._pulse) for number, mailbox in enumerate(self._mailboxes)
         ]
@@ -99,7 +101,10 @@ class Relay:
         if not self._locks.alive:
             return "the session of the locks was lost"
         starting = [shard.number for shard in self._shards if self._locks.holds(shard.number) and not shard.running]
-        return f"taking over shards {starting}" if starting else None
+        if not starting:
+            return None
+        trouble = self._brokers.trouble()
+        return f"taking over shards {starting}" + (f"; {trouble.message}" if trouble else "")
 
     def _wait_for_store(self, stop: threading.Event) -> str | None:
         failures = 0

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
-from refold.relay import client
+from refold.kafka import Brokers
 
 _COMMIT_SECONDS = 60.0
 _ABORT_SECONDS = 15.0
@@ -84,20 +84,20 @@ class TransactionalProducer:
     """One `transactional.id`, one transaction at a time. Used by one thread.
 
     Args:
-        bootstrap: brokers.
+        brokers: the cluster.
         transactional_id: names the shard; whoever initialises it fences all that did so before.
         control: the checkpoint topic, which is in every transaction: it tells a topic's failure from the cluster's.
         check: called between waits of a second; raises to give up.
     """
 
-    def __init__(self, bootstrap: str, transactional_id: str, *, control: str, check: Callable[[], None]) -> None:
+    def __init__(self, brokers: Brokers, transactional_id: str, *, control: str, check: Callable[[], None]) -> None:
         self._control, self._check = control, check
         self._failed: dict[str, KafkaError] = {}
         self._undelivered: set[str] = set()
         self._open = False
         self._producer = Producer(
             {
-                **client.config(bootstrap),
+                **brokers.config(),
                 "transactional.id": transactional_id,
                 "acks": "all",
                 "enable.idempotence": True,
@@ -128,6 +128,7 @@ class TransactionalProducer:
             try:
                 self._producer.init_transactions(_SLICE_SECONDS)
             except KafkaException as error:
+                self.poll()  # librdkafka tells in its log why it can't connect
                 self._again_or_lost(error, deadline, "initialise transactions")
             else:
                 return

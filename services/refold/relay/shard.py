@@ -20,6 +20,7 @@ import structlog
 from confluent_kafka import KafkaException
 
 from refold import names
+from refold.kafka import Brokers, CredentialsError
 from refold.relay import backoff, checkpoint, metrics, source
 from refold.relay.checkpoint import CheckpointTopic, CheckpointTopicError
 from refold.relay.lock import Locks
@@ -31,7 +32,7 @@ from refold.relay.topics import Topics
 from refold.relay.wake import Mailbox, View
 
 _TAKEOVER_SECONDS = 60.0
-_FORESEEN = (LostError, KafkaException, psycopg.Error, TimeoutError, CheckpointTopicError)
+_FORESEEN = (LostError, KafkaException, psycopg.Error, TimeoutError, CheckpointTopicError, CredentialsError)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Target:
     """What all shards of a process share."""
 
     store_dsn: str
-    bootstrap: str
+    brokers: Brokers
     topics: Topics
     store_id: str
     checkpoints: CheckpointTopic
@@ -79,11 +80,13 @@ class Shard(threading.Thread):
                 foreseen = isinstance(error, _FORESEEN)
                 failures = 1 if time.monotonic() - begin > 2 * backoff.LONGEST_SECONDS else failures + 1
                 delay = backoff.seconds(failures)
+                trouble = self._target.brokers.trouble()
                 metrics.FAILURES.labels(self.number).inc()
                 self._log.log(
                     logging.WARNING if foreseen else logging.ERROR,
                     "The shard drops its state and starts again",
                     error=f"{type(error).__name__}: {error}".strip(),
+                    **({"kafka": trouble.message} if trouble else {}),
                     in_seconds=round(delay, 1),
                     exc_info=None if foreseen else error,
                 )
@@ -95,7 +98,7 @@ class Shard(threading.Thread):
         target, started = self._target, time.monotonic()
         topic = target.checkpoints.ensure()
         producer = TransactionalProducer(
-            target.bootstrap,
+            target.brokers,
             names.relay_transactional_id(target.store_id, self.number),
             control=topic,
             check=self._check,
@@ -103,7 +106,7 @@ class Shard(threading.Thread):
         try:
             producer.init(timeout=_TAKEOVER_SECONDS)
             found = checkpoint.load(
-                target.bootstrap,
+                target.brokers,
                 topic,
                 self.number,
                 end=target.topics.high_watermark(topic, self.number),

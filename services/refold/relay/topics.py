@@ -1,11 +1,14 @@
 """What Kafka says of topics: ids, partitions, settings, high watermarks. One admin client for the process."""
 
+import concurrent.futures
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AclOperation, AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType
+
+from refold.kafka import Brokers
 
 _SECONDS = 5.0
 _MADE_SECONDS = 10.0
@@ -27,11 +30,9 @@ class Topics:
     All methods raise KafkaException where Kafka can't be reached or refuses the request as a whole.
     """
 
-    def __init__(self, bootstrap: str) -> None:
-        """`bootstrap`: the brokers to ask first."""
-        # what goes wrong comes back as an exception; librdkafka's own words go to stderr as plain text
-        # (its logger would have to be polled for)
-        self._admin = AdminClient({"bootstrap.servers": bootstrap, "reconnect.backoff.max.ms": 1000, "log_level": 2})
+    def __init__(self, brokers: Brokers) -> None:
+        """Nothing is asked yet of `brokers`."""
+        self._admin = AdminClient(brokers.config())
 
     def describe(self, names: Iterable[str], *, rights: bool = False) -> dict[str, Topic | KafkaError]:
         """Return each named topic, or what Kafka says of it alone (missing, unauthorised), in one request.
@@ -45,6 +46,8 @@ class Topics:
         futures = self._admin.describe_topics(
             TopicCollection(asked), include_authorized_operations=rights, request_timeout=_SECONDS
         )
+        concurrent.futures.wait(futures.values())
+        self._admin.poll(0)  # librdkafka tells in its log why it can't connect
         for name, future in futures.items():
             try:
                 found = future.result()
