@@ -2,17 +2,18 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+import pytest
 from psycopg import AsyncConnection, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from refold import names
 from refold.events import Event
-from refold.eventstore import AppendResult, EventStore, NewEvent, catalog, roles
+from refold.eventstore import AppendResult, EventStore, NewEvent, catalog, migrations, roles
 from refold.eventstore.catalog import Stream
 from refold.eventstore.errors import EventStoreError
 
@@ -72,6 +73,19 @@ class Installed:
             f'select partition, position, subject, revision, id, recorded_at from "{stream.schema}".events '
             "order by partition, position"
         )
+
+
+#: The last migrations of version 0.1.0, the first that was released.
+RELEASED = {"store": 1, "stream": 2}
+
+
+@contextmanager
+def version_0_1_0() -> Iterator[None]:
+    """Let the catalog know the migrations of version 0.1.0 alone: what is installed is a store of that version."""
+    load = migrations.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(migrations, "load", lambda kind: load(kind)[: RELEASED[kind]])
+        yield
 
 
 @asynccontextmanager

@@ -1,5 +1,6 @@
 """Invariant 1, attacked: nobody to whom the platform hands out a role can change or forge history."""
 
+import contextlib
 import json
 from typing import Any
 
@@ -10,19 +11,25 @@ from refold import names
 from refold.eventstore import EventStore, catalog, roles
 from refold.partitioning import partition_of
 
-from tests.stores import PASSWORD, Installed, Log, check_history, connected, event, install
+from tests.stores import PASSWORD, Installed, Log, check_history, connected, event, install, version_0_1_0
 
 REFUSED = (psycopg.errors.InsufficientPrivilege, psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName)
 LOGINS = ("eventstore", "relay", "heads", "writer", "reader", "nobody")
 
 
-@pytest.fixture(scope="module")
-async def installed(postgres: Any) -> Installed:
-    """The streams shop/orders and shop/other with events, and a login for each role that is handed out."""
+@pytest.fixture(scope="module", params=["attacked", "upgraded"])
+async def installed(postgres: Any, request: pytest.FixtureRequest) -> Installed:
+    """The streams shop/orders and shop/other with events, and a login for each role that is handed out.
+
+    Once as they are made now, once as they were made by version 0.1.0 and upgraded.
+    """
     with psycopg.connect(postgres.dsn(), autocommit=True) as conn:
-        conn.execute("create database attacked")
-    found = await install(postgres.dsn("attacked"))
-    streams = [await found.stream("orders"), await found.stream("other")]
+        conn.execute(f"create database {request.param}".encode())
+    with version_0_1_0() if request.param == "upgraded" else contextlib.nullcontext():
+        found = await install(postgres.dsn(request.param))
+        streams = [await found.stream("orders"), await found.stream("other")]
+    async with connected(found.admin) as conn:
+        await catalog.install_store(conn)
     async with await EventStore.open(found.service) as store:
         for stream in streams:
             for number in range(12):
@@ -35,14 +42,14 @@ async def installed(postgres: Any) -> Installed:
                 "reader": [catalog.reader_role(conn, streams[0])],
                 "nobody": [],
             }[login]
-            await roles.ensure_login(conn, f"attacker_{login}", PASSWORD, member_of=group)
+            await roles.ensure_login(conn, f"{found.database}_{login}", PASSWORD, member_of=group)
     return found
 
 
 def dsn(installed: Installed, login: str) -> str:
     if login in ("eventstore", "relay"):
         return installed.dsn(names.store_role(installed.database, login))
-    return installed.dsn(f"attacker_{login}")
+    return installed.dsn(f"{installed.database}_{login}")
 
 
 async def everything(installed: Installed) -> list[list[tuple[Any, ...]]]:

@@ -1,5 +1,7 @@
 """The store's numbered SQL files."""
 
+import hashlib
+
 import pytest
 from refold.eventstore import migrations
 from refold.eventstore.migrations import Migration
@@ -9,6 +11,19 @@ from refold.eventstore.migrations import Migration
 def test_migrations_are_numbered_from_one_without_gaps(kind: str) -> None:
     loaded = migrations.load(kind)
     assert [migration.number for migration in loaded] == list(range(1, len(loaded) + 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "digest"),
+    [
+        ("store", 1, "ef633a020b62ecddd74fed47f1536317a00a5b823cb1f751e4b65427e1ce1fe8"),
+        ("stream", 1, "d1665084af755b6431991135899ddf312e61bdd51238b64a91fd70b8bd8961a2"),
+        ("stream", 2, "1a3396ad398e38d7646ba343260a59222dd0409b04848e97927d6904e9f1183b"),
+    ],
+)
+def test_a_migration_that_was_released_is_never_changed(kind: str, number: int, digest: str) -> None:
+    text = migrations.load(kind)[number - 1].text
+    assert hashlib.sha256(text.encode()).hexdigest() == digest
 
 
 def test_variables_are_quoted_as_what_they_stand_for() -> None:

@@ -1,0 +1,179 @@
+"""Migrations of a store that is filled and in use: from version 0.1.0 to this one, and around what holds its tables."""
+
+import asyncio
+import itertools
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import psycopg
+import pytest
+import structlog
+from psycopg.pq import ExecStatus
+from refold import names
+from refold.eventstore import EventStore, catalog, migrations
+from refold.eventstore.errors import EventStoreError
+from refold.partitioning import partition_of
+
+from tests.stores import Installed, Log, check_history, connected, install, version_0_1_0
+
+EVENTS = 50_000
+#: What version 0.1.0 sends; PostgreSQL finds the parameters' types itself.
+_CALL = (
+    'select outcomes, revisions, positions from "shop.orders".append_group('
+    + ", ".join(f"${n}" for n in range(1, 19))
+    + ")"
+).encode()
+_HISTORY = (
+    "select md5(string_agg(md5(row(partition, position, subject, revision, id, type, data, metadata, recorded_at)::text)"
+    ", '' order by partition, position)), count(*) from \"shop.orders\".events where id not like 'later-%'"
+)
+
+
+class FormerCaller(threading.Thread):
+    """Appends to a subject of its own as version 0.1.0 does, event after event, until `stop` is set."""
+
+    def __init__(self, dsn: str, stream: int, subject: str) -> None:
+        super().__init__()
+        self.stop = threading.Event()
+        self.done = 0
+        self.error: str | None = None
+        self._dsn, self._stream, self._subject = dsn, stream, subject
+
+    def run(self) -> None:
+        partition = partition_of(self._subject, 3)
+        with psycopg.connect(self._dsn, autocommit=True) as conn:
+            conn.pgconn.prepare(b"append", _CALL)
+            while not self.stop.is_set():
+                values: list[Any] = [
+                    self._stream, f"{{{partition}}}", "f", f"{{{self._subject}}}", f"{{{partition}}}",
+                    f"{{{self.done}}}", "{1}", "{1}", "{1}", "{0}", "{1}", "{f}", "{1}", f"{{{self._subject}}}",
+                    f"{{later-{self.done + 1}}}", "{Later}", '{"1"}', "{NULL}",
+                ]  # fmt: skip
+                result = conn.pgconn.exec_prepared(b"append", [str(value).encode() for value in values])
+                if result.status != ExecStatus.TUPLES_OK or result.get_value(0, 0) != b"{0}":
+                    self.error = result.error_message.decode() or str(result.get_value(0, 0))
+                    return
+                self.done += 1
+
+
+@asynccontextmanager
+async def appending(installed: Installed) -> AsyncIterator[list[FormerCaller]]:
+    """Append all the while from four connections, in all partitions."""
+    subjects = [f"later-{n}" for n in range(4)]
+    callers = [FormerCaller(installed.service, 1, subject) for subject in subjects]
+    for caller in callers:
+        caller.start()
+    try:
+        yield callers
+    finally:
+        for caller in callers:
+            caller.stop.set()
+        for caller in callers:
+            await asyncio.to_thread(caller.join)
+
+
+async def progress(callers: list[FormerCaller]) -> None:
+    """Wait until each caller has appended some more, or failed."""
+    wanted = [caller.done + 20 for caller in callers]
+    while any(caller.is_alive() and caller.done < n for caller, n in zip(callers, wanted, strict=True)):
+        await asyncio.sleep(0.005)
+
+
+async def test_a_filled_store_of_the_first_version_is_upgraded_while_appends_of_that_version_go_on(
+    database: str,
+) -> None:
+    with version_0_1_0():
+        installed = await install(database)
+        stream = await installed.stream()
+    await installed.run(
+        f"""insert into "shop.orders".events
+        select p, row_number() over (partition by p order by n), 's' || n % 10000, n / 10000 + 1, n, 'Filled',
+               jsonb_build_object('n', n, 'price', n / 100.0), case when n % 3 = 0 then '{{"a": "x"}}'::jsonb end, now()
+        from (select n, refold.partition_of('s' || n % 10000, 3) as p from generate_series(0, {EVENTS - 1}) n) t;
+        update refold.heads h set recorded_at = now(), head = (
+          select max(position) from "shop.orders".events e where e.partition = h.partition)
+        """
+    )
+    before = await installed.query(_HISTORY)
+    assert before[0][1] == EVENTS
+    # A library of this version that meets the former store works with it, and goes on through the migration.
+    async with await EventStore.open(installed.service) as store, appending(installed) as callers:
+        log = Log(installed, store, stream)
+        assert (await log.append("new", "later-1")).revision == 1
+        await progress(callers)
+        async with connected(installed.admin) as conn:
+            await catalog.install_store(conn)
+            upgraded = await catalog.get_stream(conn, "shop", "orders")
+        await progress(callers)
+        assert (await log.append("new", "later-2", expected_revision=1)).revision == 2
+        assert [caller.error for caller in callers] == [None] * 4
+    assert upgraded is not None
+    assert upgraded.migration == migrations.load("stream")[-1].number
+    assert await installed.query(_HISTORY) == before
+    history = await installed.history(stream)
+    check_history(history)
+    assert len(history) == EVENTS + 2 + sum(caller.done for caller in callers)
+    heads = await installed.query("select partition, head from refold.heads order by 1")
+    assert heads == [(p, sum(row[0] == p for row in history)) for p in range(3)]
+    owner = names.store_role(installed.database, "owner")
+    for change in ("update {} set type = 'x'", "delete from {}", "truncate {}"):
+        async with connected(installed.superuser) as conn:
+            await conn.execute(f'set role "{owner}"'.encode())
+            with pytest.raises(psycopg.errors.InsufficientPrivilege, match="append-only"):
+                await conn.execute(change.format('"shop.orders".events').encode())
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later migration, which needs the tables of events for itself."""
+    load = migrations.load
+    column = migrations.Migration(99, "column", 'alter table :"schema".events add column later integer')
+    monkeypatch.setattr(migrations, "load", lambda kind: (*load(kind), column) if kind == "stream" else load(kind))
+
+
+async def test_a_migration_that_waits_for_a_long_reader_gives_way_to_appends(
+    database: str, request: pytest.FixtureRequest
+) -> None:
+    installed = await install(database)
+    stream = await installed.stream()
+    request.getfixturevalue("later")
+
+    async def migrate() -> None:
+        async with connected(installed.admin) as conn:
+            await catalog.install_store(conn)
+
+    async with await EventStore.open(installed.service) as store, connected(installed.superuser) as reader:
+        log = Log(installed, store, stream)
+        await log.append("s", "1")
+        async with reader.transaction():
+            await reader.execute('select from "shop.orders".events')
+            with structlog.testing.capture_logs() as logged:
+                migrating = asyncio.create_task(migrate())
+                for number in itertools.count(1):
+                    # The reader holds the table as long as this runs: an append that waited for it would for ever.
+                    assert (await log.append("s", str(number + 1), expected_revision=number)).revision == number + 1
+                    if len([line for line in logged if "gives way" in line["event"]]) == 2:
+                        break
+                assert not migrating.done()
+        await migrating
+        assert (await log.append("s", "last", expected_revision=number + 1)).revision == number + 2
+    assert await installed.query('select count(*), count(later) from "shop.orders".events') == [(number + 2, 0)]
+
+
+async def test_a_migration_that_is_never_given_its_locks_says_what_holds_it_up_and_changes_nothing(
+    database: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = await install(database)
+    stream = await installed.stream()
+    request.getfixturevalue("later")
+    monkeypatch.setattr("refold.eventstore.online.PATIENCE", 0.1)
+    async with connected(installed.superuser) as reader, connected(installed.admin) as conn:
+        async with reader.transaction():
+            await reader.execute('select from "shop.orders".events')
+            with pytest.raises(EventStoreError, match="pg_stat_activity"):
+                await catalog.install_store(conn)
+        assert (await catalog.get_stream(conn, "shop", "orders")) == stream
+        await catalog.install_store(conn)
+    assert await installed.query('select count(later) from "shop.orders".events') == [(0,)]
