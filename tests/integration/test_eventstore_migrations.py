@@ -26,8 +26,8 @@ _CALL = (
     + ")"
 ).encode()
 _HISTORY = (
-    "select md5(string_agg(md5(row(partition, position, subject, revision, id, type, data, metadata, recorded_at)::text)"
-    ", '' order by partition, position)), count(*) from \"shop.orders\".events where id not like 'later-%'"
+    "select md5(string_agg(md5(row(partition, position, subject, revision, id, type, data, metadata, recorded_at)"
+    "::text), '' order by partition, position)), count(*) from \"shop.orders\".events where id not like 'later-%'"
 )
 
 
@@ -75,9 +75,9 @@ async def appending(installed: Installed) -> AsyncIterator[list[FormerCaller]]:
 
 
 async def progress(callers: list[FormerCaller]) -> None:
-    """Wait until each caller has appended some more, or failed."""
+    """Wait until each caller, a thread, has appended some more, or failed."""
     wanted = [caller.done + 20 for caller in callers]
-    while any(caller.is_alive() and caller.done < n for caller, n in zip(callers, wanted, strict=True)):
+    while any(caller.is_alive() and caller.done < n for caller, n in zip(callers, wanted, strict=True)):  # noqa: ASYNC110
         await asyncio.sleep(0.005)
 
 
