@@ -35,7 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
                 events = orders.take(sys.maxsize, file=options.input)
             else:
                 events = orders.take(options.events or workload.events)
-            result.show(workload.compare(servers, events).line(options.runs))
+            compared = workload.compare(servers, events)
+            for comparison in [compared] if isinstance(compared, result.Comparison) else compared:
+                result.show(comparison.line(options.runs))
 
 
 if __name__ == "__main__":

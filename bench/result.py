@@ -1,6 +1,7 @@
 """One result, one JSON line: what was measured beside its limit, in pairs that ran by turns on the same servers."""
 
 import json
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,10 +13,11 @@ _VOID_BELOW = 0.7
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run: its rate, and the latency of each operation in ms where that was measured."""
+    """One run: its rate, and where measured the latency of each operation in ms and the memory of processes in MB."""
 
     events_per_s: float
     latencies_ms: list[float] = field(default_factory=list)
+    rss_mb: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,10 @@ class Comparison:
             "ratio": round(statistics.median(self._ratio(ours, limit) for ours, limit in pairs), 3),
             "ratio_of": "p50_ms" if self.latency else "events_per_s",
         }  # fmt: skip
+        if latencies and limit_latencies:
+            result["p99_ratio"] = round(statistics.median(_p99(ours) / _p99(limit) for ours, limit in pairs), 3)
+        if rss := [ours.rss_mb for ours, _ in pairs if ours.rss_mb]:
+            result["rss_mb"] = {process: round(max(run[process] for run in rss)) for process in rss[0]}
         if seconds:
             result["second_limit"] = {"name": self.second_name, "ratio": round(statistics.median(seconds), 3)}
         if self.usual and statistics.median(limits) < _VOID_BELOW * self.usual:
@@ -76,6 +82,10 @@ class Comparison:
         if self.latency:
             return statistics.median(ours.latencies_ms) / statistics.median(limit.latencies_ms)
         return ours.events_per_s / limit.events_per_s
+
+
+def _p99(run: Run) -> float:
+    return percentile(sorted(run.latencies_ms), 0.99) or math.inf
 
 
 def percentile(ordered: list[float], share: float) -> float | None:

@@ -101,9 +101,19 @@ class Servers:
         self._cleaning.callback(_drop, self._read, read)
         return Platform(postgres, kafka, read=self._read, store_database=store, read_database=read)
 
+    def beside(self) -> "Servers":
+        """Return another Refold, with a store of its own, on the same servers."""
+        other = Servers(store=self.postgres.dsn(), kafka=self.kafka.bootstrap, read_store=self._read.dsn())
+        return self._cleaning.enter_context(other)
+
     def stream(self, *, partitions: int = PARTITIONS) -> Stream:
         """Make a new, empty stream."""
-        return self.platform.stream(self.name, f"orders-{next(self._numbers)}", partitions=partitions)
+        return self.streams(1, partitions=partitions)[0]
+
+    def streams(self, count: int, *, partitions: int = PARTITIONS) -> list[Stream]:
+        """Make new, empty streams."""
+        names = [f"orders-{next(self._numbers)}" for _ in range(count)]
+        return self.platform.streams(self.name, names, partitions=partitions)
 
     def topic(self, *, partitions: int = PARTITIONS) -> str:
         """Return the name of a new, empty topic that no stream has."""

@@ -11,6 +11,8 @@ from bench.workloads import (
     append_library,
     end_to_end,
     fold,
+    growth,
+    many_streams,
     query,
     rebuild,
     relay,
@@ -20,9 +22,9 @@ from bench.workloads import (
 
 
 class Workload(NamedTuple):
-    """`compare` prepares the comparison for the given events; `events` is how many it gets unless told otherwise."""
+    """`compare` prepares what is compared for the given events; `events` is how many it gets unless told otherwise."""
 
-    compare: Callable[[Servers, Sequence[OrderEvent]], Comparison]
+    compare: Callable[[Servers, Sequence[OrderEvent]], Comparison | Sequence[Comparison]]
     events: int
 
 
@@ -36,9 +38,10 @@ WORKLOADS = {
     "http-bulk": Workload(append_http.http_bulk, 100_000),
     "rebuild": Workload(rebuild.rebuild, 500_000),
     "rebuild-topic": Workload(rebuild.rebuild_topic, 500_000),
-    "two-replicas-one-stream": Workload(two_replicas.one_stream, 50_000),
-    "two-replicas-two-streams": Workload(two_replicas.two_streams, 50_000),
+    "two-replicas": Workload(two_replicas.two_replicas, 50_000),
     "relay-latency": Workload(relay_latency.relay_latency, 2_400),
     "end-to-end": Workload(end_to_end.end_to_end, 2_400),
     "query": Workload(query.query, 50_000),
+    "growth": Workload(growth.growth, 10_000),
+    "many-streams": Workload(many_streams.many_streams, 2_400),
 }

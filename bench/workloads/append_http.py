@@ -20,6 +20,8 @@ from bench.waiting import until
 from hack.servers.callers import TOKEN
 from hack.servers.platform import Service
 
+#: Appends a second of Emmett (@event-driven-io/emmett-postgresql), 32 at once, one event each.
+EMMETT = 2_800
 #: Lines of one bulk request.
 _LINES = 25_000
 
@@ -33,6 +35,9 @@ def http_append(servers: Servers, events: Sequence[OrderEvent]) -> Comparison:
         measured=lambda: _append(servers, events, seconds),
         limit=lambda: asgi.loaded(append_requests("limit", "limit", events), method="POST", seconds=seconds),
         limit_name="a bare ASGI handler on uvicorn with httptools",
+        # measured once on a machine of this kind: its process has no HTTP, and Node is no part of the tests
+        second=lambda: Run(events_per_s=EMMETT),
+        second_name=f"Emmett in its caller's process, {EMMETT:,}/s as published",
     )
 
 

@@ -1,4 +1,4 @@
-"""`two-replicas-one-stream`, `two-replicas-two-streams`: two event-store processes beside one, with equal clients."""
+"""`two-replicas`: two event-store processes beside one, with equal clients; on one stream, and on two."""
 
 import functools
 from collections.abc import Sequence
@@ -16,29 +16,22 @@ from hack.servers.callers import TOKEN
 from hack.servers.platform import Service
 
 
-def one_stream(servers: Servers, events: Sequence[OrderEvent]) -> Comparison:
-    """Both processes append to one stream; the limit is one process."""
-    return _comparison("two-replicas-one-stream", servers, events, streams=1)
-
-
-def two_streams(servers: Servers, events: Sequence[OrderEvent]) -> Comparison:
-    """Each process appends to a stream of its own; the limit is one process for both streams."""
-    return _comparison("two-replicas-two-streams", servers, events, streams=2)
-
-
-def _comparison(workload: str, servers: Servers, events: Sequence[OrderEvent], *, streams: int) -> Comparison:
+def two_replicas(servers: Servers, events: Sequence[OrderEvent]) -> list[Comparison]:
+    """Both processes append to one stream; each to a stream of its own. The limit is one process for the same."""
     seconds = wrk.seconds_for(len(events))
-    run = functools.partial(_run, servers, events, streams=streams, seconds=seconds)
-    return Comparison(
-        workload=workload,
-        params={
-            "events": len(events), "seconds": seconds, "connections": wrk.CONNECTIONS, "streams": streams,
-            "partitions": PARTITIONS,
-        },
-        measured=functools.partial(run, processes=2),
-        limit=functools.partial(run, processes=1),
-        limit_name="one event-store process",
-    )  # fmt: skip
+    return [
+        Comparison(
+            workload="two-replicas",
+            params={
+                "events": len(events), "seconds": seconds, "connections": wrk.CONNECTIONS, "streams": streams,
+                "partitions": PARTITIONS,
+            },
+            measured=functools.partial(_run, servers, events, streams=streams, processes=2, seconds=seconds),
+            limit=functools.partial(_run, servers, events, streams=streams, processes=1, seconds=seconds),
+            limit_name="one event-store process",
+        )
+        for streams in (1, 2)
+    ]  # fmt: skip
 
 
 def _run(servers: Servers, events: Sequence[OrderEvent], *, streams: int, processes: int, seconds: int) -> Run:

@@ -8,6 +8,7 @@ import asyncio
 import secrets
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ from refold.projection.readstore import postgres as readstore
 from hack.servers.callers import TOKEN, tokens_file
 from hack.servers.process import Process, free_port
 
+#: A broker takes a limited number of partitions in one request.
+_TOPICS_AT_ONCE = 100
 STORE, READ = "refold_store", "refold_read"
 
 
@@ -96,19 +99,31 @@ class Platform:
 
     def stream(self, namespace: str, name: str, *, partitions: int) -> catalog.Stream:
         """Make a stream and its topic, as the operator does, and activate it."""
-        return asyncio.run(self._stream(namespace, name, partitions))
+        return self.streams(namespace, [name], partitions=partitions)[0]
 
-    async def _stream(self, namespace: str, name: str, partitions: int) -> catalog.Stream:
+    def streams(self, namespace: str, stream_names: Sequence[str], *, partitions: int) -> list[catalog.Stream]:
+        """Make many streams as `stream` makes one."""
+        return asyncio.run(self._streams(namespace, stream_names, partitions))
+
+    async def _streams(self, namespace: str, stream_names: Sequence[str], partitions: int) -> list[catalog.Stream]:
         admin = AdminClient({"bootstrap.servers": self.kafka.bootstrap})
-        topic = names.topic(namespace, name)
+        claimed, active = [], []
         async with await self._admin(self._store) as conn:
-            stream = await catalog.claim_stream(
-                conn, namespace=namespace, name=name, uid=f"{namespace}/{name}", partitions=partitions, topic=topic,
-                kafka_cluster="local",
-            )  # fmt: skip
-            admin.create_topics([NewTopic(topic, partitions, 1)])[topic].result(30)
-            stream = await catalog.record_topic(conn, stream, await _topic_id(admin, topic))
-            return await catalog.activate(conn, stream)
+            for name in stream_names:
+                claimed.append(
+                    await catalog.claim_stream(
+                        conn, namespace=namespace, name=name, uid=f"{namespace}/{name}", partitions=partitions,
+                        topic=names.topic(namespace, name), kafka_cluster="local",
+                    )
+                )  # fmt: skip
+            for start in range(0, len(claimed), _TOPICS_AT_ONCE):
+                some = claimed[start : start + _TOPICS_AT_ONCE]
+                for made in admin.create_topics([NewTopic(stream.topic, partitions, 1) for stream in some]).values():
+                    made.result(60)
+                for stream in some:
+                    recorded = await catalog.record_topic(conn, stream, await _topic_id(admin, stream.topic))
+                    active.append(await catalog.activate(conn, recorded))
+        return active
 
     def drop_stream(self, stream: catalog.Stream) -> None:
         """Drop a stream's history and delete its topic, as the operator does with `deletionPolicy: Delete`."""
