@@ -16,7 +16,7 @@ from bench.orders import OrderEvent
 from bench.servers import Servers
 
 #: Events of a subject, and how many subjects are open at a time, as in the workload "orders".
-_LIFE, _WINDOW = 5, 50
+LIFE, _WINDOW = 5, 50
 #: One subject of so many is returned.
 _KEPT = 20
 
@@ -60,7 +60,7 @@ def fill(
     Returns:
         One in twenty of the subjects of 5 events.
     """
-    lives = -(-(count - long_count) // (_LIFE * stream.partitions))
+    lives = -(-(count - long_count) // (LIFE * stream.partitions))
     subjects = _subjects(stream.partitions, lives)
     parent = sql.Identifier(stream.schema, "events")
     tables = [sql.Identifier(stream.schema, f"events_{partition}") for partition in range(stream.partitions)]
@@ -74,8 +74,8 @@ def fill(
                 where = {
                     "table": tables[partition], "stream": sql.Literal(stream.stream),
                     "partition": sql.Literal(partition), "samples": sql.Literal(len(like)),
-                    "window": sql.Literal(_WINDOW), "life": sql.Literal(_LIFE), "subject": sql.Literal(long),
-                    "before": sql.Literal(lives * _LIFE), "count": sql.Literal(long_count),
+                    "window": sql.Literal(_WINDOW), "life": sql.Literal(LIFE), "subject": sql.Literal(long),
+                    "before": sql.Literal(lives * LIFE), "count": sql.Literal(long_count),
                 }  # fmt: skip
                 conn.execute(sql.SQL(_INSERT).format(**where))
                 if partition == partition_of(long, stream.partitions):

@@ -1,69 +1,88 @@
 """`growth`: appends and reads in a store of many events, and of a subject of many events, beside a small store's."""
 
-import functools
+import asyncio
+import collections
 import itertools
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import uvloop
 from refold.eventstore import EventStore
 from refold.eventstore.catalog import Stream
 
 from bench import filling
-from bench.appending import Append, append_all, check_history, new_event
+from bench.appending import Append, check_heads, check_history, new_event
 from bench.orders import OrderEvent
 from bench.result import Comparison, Run
 from bench.servers import PARTITIONS, Servers
 
-#: For each event that is given: how many there are in the large store, in the small one, and of the long subject.
+#: For each event that is given: how many stand in the large store, in the small one, and of the long subject.
 _LARGE, _SMALL, _LONG = 1_000, 10, 10
-#: How many are appended, or subjects read, in a run, of those that are given.
+#: A run appends, or reads, one of so many of the events that are given.
 _SHARE = 2
 _AT_ONCE = 32
 _LONG_SUBJECT = "long"
-_LIFE = 5
+_T = TypeVar("_T")
 
 
-class _Filled(NamedTuple):
-    """A stream with a store of its own; `subjects` have 5 events each."""
+@dataclass
+class _Filled:
+    """A stream in a store of its own.
+
+    `count` is how many events it has, `subjects` are some that have 5 each, `revisions` those of all that were
+    appended to.
+    """
 
     servers: Servers
     stream: Stream
+    count: int
     subjects: list[str]
-    long_count: int
+    revisions: collections.Counter[str]
 
 
 def growth(servers: Servers, events: Sequence[OrderEvent]) -> list[Comparison]:
     """The library, 32 at once. A thousandfold of `events` stands in the large store, the tenfold in the small one."""
-    large = _filled(servers, events, _LARGE * len(events), long_count=_LONG * len(events))
-    small = _filled(servers.beside(), events, _SMALL * len(events), long_count=_LIFE)
-    some = events[: max(1, len(events) // _SHARE)]
+    long_count = _LONG * len(events)
+    large = _filled(servers, events, _LARGE * len(events), long_count=long_count)
+    small = _filled(servers.beside(), events, _SMALL * len(events), long_count=0)
+    some = events[: -(-len(events) // _SHARE)]
     numbers = itertools.count(1)
 
-    def compare(what: str, measured: Callable[[], Run], limit: Callable[[], Run], limit_name: str) -> Comparison:
+    def compare(
+        what: str, measured: Callable[[], Run], limit: Callable[[], Run], limited: str = "the same"
+    ) -> Comparison:
         return Comparison(
             workload="growth",
             params={
                 "what": what, "operations": len(some), "at_once": _AT_ONCE, "events": _LARGE * len(events),
-                "subject_events": large.long_count, "partitions": PARTITIONS,
+                "long_subject": long_count, "partitions": PARTITIONS,
             },
-            measured=measured, limit=limit, limit_name=f"{limit_name} in a store of {_SMALL * len(events)} events",
+            measured=measured, limit=limit, limit_name=f"{limited}, in a store of {_SMALL * len(events)} events",
         )  # fmt: skip
 
-    append, one = functools.partial(_append, some, numbers), functools.partial(_append_to_one, some)
     return [
-        compare("append", lambda: append(large), lambda: append(small), "the same"),
-        compare("read subjects", lambda: _read(large, len(some)), lambda: _read(small, len(some)), "the same"),
+        compare(
+            "append to new subjects",
+            lambda: _append(large, some, f"{next(numbers)} {{}}"),
+            lambda: _append(small, some, f"{next(numbers)} {{}}"),
+        ),
         compare(
             "append to the long subject",
-            lambda: one(large, _LONG_SUBJECT), lambda: one(small, f"new-{next(numbers)}"), "to a new subject",
+            lambda: _append(large, some, _LONG_SUBJECT),
+            lambda: _append(small, some, f"{next(numbers)}"),
+            "append to a new subject",
+        ),
+        compare(
+            "read subjects of 5 events", lambda: _read(large, len(some)), lambda: _read(small, len(some)),
         ),
         compare(
             "read 5 events of the long subject",
-            lambda: _read_of_one(large, len(some)), lambda: _read_of_one(small, len(some)),
-            "all 5 events of a subject",
+            lambda: _read(large, len(some), of_long=long_count),
+            lambda: _read(small, len(some)),
+            "read subjects of 5 events",
         ),
     ]  # fmt: skip
 
@@ -71,21 +90,66 @@ def growth(servers: Servers, events: Sequence[OrderEvent]) -> list[Comparison]:
 def _filled(servers: Servers, like: Sequence[OrderEvent], count: int, *, long_count: int) -> _Filled:
     stream = servers.stream()
     subjects = filling.fill(servers, stream, count, long=_LONG_SUBJECT, long_count=long_count, like=like)
-    check_history(servers, stream, count, count + _LIFE * stream.partitions)
-    return _Filled(servers, stream, subjects, long_count)
+    filled = check_history(servers, stream, count, count + filling.LIFE * stream.partitions)
+    return _Filled(servers, stream, filled, subjects, collections.Counter({_LONG_SUBJECT: long_count}))
 
 
-def _append(events: Sequence[OrderEvent], numbers: "itertools.count[int]", filled: _Filled) -> Run:
-    """Append to new subjects, each event with its expected revision."""
-    number = next(numbers)
-    lanes: list[list[Append]] = [[] for _ in range(_AT_ONCE)]
-    places: dict[str, int] = {}
+def _append(filled: _Filled, events: Sequence[OrderEvent], subject: str) -> Run:
+    """Append each event with its expected revision to `subject`, where `{}` stands for the event's own."""
+    appends = []
     for event in events:
-        lane = lanes[places.setdefault(event.subject, len(places) % _AT_ONCE)]
-        lane.append(Append(f"{number}-{event.subject}", event.revision - 1, [new_event(event)]))
-    return _timed(filled, len(events), lambda store: append_all(store, filled.stream, lanes))
+        target = subject.format(event.subject)
+        appends.append(Append(target, filled.revisions[target], [new_event(event)]))
+        filled.revisions[target] += 1
+
+    async def append(store: EventStore, append: Append) -> None:
+        # taken in this order, so each finds the revision that the one before made
+        await store.submit(known, append.subject, append.events, expected_revision=append.expected)
+
+    known = filled.stream
+    run = _timed(filled, append, appends)
+    filled.count += len(appends)
+    check_heads(filled.servers, [filled.stream], filled.count)
+    return run
 
 
-def _append_to_one(events: Sequence[OrderEvent], filled: _Filled, subject: str) -> Run:
-    """Append to one subject, each event with its expected revision."""
-    ...
+def _read(filled: _Filled, count: int, *, of_long: int | None = None) -> Run:
+    """Read 5 events `count` times: of random subjects that have 5, or of the long subject's `of_long`."""
+    draw = random.Random(count)
+    if of_long is None:
+        wanted = [(draw.choice(filled.subjects), 1) for _ in range(count)]
+    else:
+        wanted = [(_LONG_SUBJECT, draw.randrange(1, of_long - filling.LIFE)) for _ in range(count)]
+
+    async def read(store: EventStore, asked: tuple[str, int]) -> None:
+        subject, first = asked
+        last = first + filling.LIFE - 1
+        found = store.read_subject(
+            filled.stream.namespace, filled.stream.name, subject, from_revision=first, to_revision=last
+        )
+        if [event.revision async for event in found] != list(range(first, last + 1)):
+            raise RuntimeError(f"revisions {first} to {last} of {subject} were not what was read")
+
+    return _timed(filled, read, wanted)
+
+
+def _timed(filled: _Filled, operation: Callable[[EventStore, _T], Awaitable[None]], items: Iterable[_T]) -> Run:
+    """Do the operation for each item, 32 at once, begun in their order."""
+    latencies: list[float] = []
+
+    async def run() -> float:
+        async with await EventStore.open(filled.servers.platform.store_dsn()) as store:
+            waiting = iter(items)
+
+            async def work() -> None:
+                for item in waiting:
+                    start = time.perf_counter()
+                    await operation(store, item)
+                    latencies.append((time.perf_counter() - start) * 1000)
+
+            began = time.perf_counter()
+            await asyncio.gather(*(work() for _ in range(_AT_ONCE)))
+            return time.perf_counter() - began
+
+    seconds = uvloop.run(run())
+    return Run(events_per_s=len(latencies) / seconds, latencies_ms=latencies)

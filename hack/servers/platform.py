@@ -107,15 +107,15 @@ class Platform:
 
     async def _streams(self, namespace: str, stream_names: Sequence[str], partitions: int) -> list[catalog.Stream]:
         admin = AdminClient({"bootstrap.servers": self.kafka.bootstrap})
-        claimed, active = [], []
+        active = []
         async with await self._admin(self._store) as conn:
-            for name in stream_names:
-                claimed.append(
-                    await catalog.claim_stream(
-                        conn, namespace=namespace, name=name, uid=f"{namespace}/{name}", partitions=partitions,
-                        topic=names.topic(namespace, name), kafka_cluster="local",
-                    )
-                )  # fmt: skip
+            claimed = [
+                await catalog.claim_stream(
+                    conn, namespace=namespace, name=name, uid=f"{namespace}/{name}", partitions=partitions,
+                    topic=names.topic(namespace, name), kafka_cluster="local",
+                )
+                for name in stream_names
+            ]  # fmt: skip
             for start in range(0, len(claimed), _TOPICS_AT_ONCE):
                 some = claimed[start : start + _TOPICS_AT_ONCE]
                 for made in admin.create_topics([NewTopic(stream.topic, partitions, 1) for stream in some]).values():

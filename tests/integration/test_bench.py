@@ -26,7 +26,7 @@ def test_every_workload_gives_right_results_beside_its_limit_and_leaves_given_se
 
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [result["workload"] for result in results] == list(WORKLOADS)
+    assert list(dict.fromkeys(result["workload"] for result in results)) == list(WORKLOADS)
     for result in results:
         assert result["events_per_s"]["min"] > 0
         assert result["limit"]["events_per_s"] > 0

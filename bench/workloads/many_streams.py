@@ -1,0 +1,147 @@
+"""`many-streams`: a thousand streams in one store beside one stream, with the processes that a store has."""
+
+import asyncio
+import contextlib
+import subprocess
+import threading
+import time
+import urllib.parse
+import uuid
+from collections.abc import Sequence
+from typing import Any, Self
+
+import httpx
+import uvloop
+from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
+from refold.eventstore.catalog import Stream
+
+from bench.appending import check_heads
+from bench.orders import OrderEvent
+from bench.relaying import running_relay
+from bench.result import Comparison, Run
+from bench.servers import PARTITIONS, Servers
+from bench.waiting import until
+from bench.workloads.append_http import started
+from hack.servers.platform import TOKEN, Service
+
+_STREAMS = 1_000
+#: Events a second, over all streams.
+_RATE = 200
+
+
+def many_streams(servers: Servers, events: Sequence[OrderEvent]) -> Comparison:
+    """One event an append over HTTP, 200 a second over all streams; until a `read_committed` consumer has it."""
+    count = min(_STREAMS, max(2, len(events) // 2))
+    alone = servers.beside()
+    many, one = _Store(servers, count), _Store(alone, 1)
+    return Comparison(
+        workload="many-streams",
+        params={"events": len(events), "events_a_second": _RATE, "streams": count, "partitions": PARTITIONS},
+        measured=lambda: many.run(events),
+        limit=lambda: one.run(events),
+        limit_name="the same with one stream",
+        usual=_RATE,
+        latency=True,
+    )
+
+
+class _Store:
+    """A store with its streams; each run has new processes."""
+
+    def __init__(self, servers: Servers, count: int) -> None:
+        self._servers = servers
+        self._streams = servers.streams(count)
+        self._sent = 0
+
+    def run(self, events: Sequence[OrderEvent]) -> Run:
+        """Send the events; the first ones, one a stream, go before and aren't counted: all is at work then."""
+        first = [f"first {uuid.uuid4()}" for _ in self._streams]
+        ids = [str(uuid.uuid4()) for _ in events]
+        with contextlib.ExitStack() as running:
+            store = started(self._servers)
+            running.callback(store.stop)
+            relay = running.enter_context(running_relay(self._servers))
+            reader = running.enter_context(_Reader(self._servers.kafka.bootstrap, self._streams))
+            uvloop.run(_send(store.url, self._streams, first, [b"{}"] * len(first), at_once=8))
+            until(lambda: reader.seen.keys() >= set(first), "each stream's first event is read", log=relay.log)
+            data = [event.data for event in events]
+            seconds, begun = uvloop.run(_send(store.url, self._streams, ids, data, rate=_RATE))
+            until(lambda: reader.seen.keys() >= set(ids), "all events are read", log=relay.log)
+            rss = {"eventstore": _rss(store), "relay": _rss(relay)}
+        self._sent += len(first) + len(ids)
+        check_heads(self._servers, self._streams, self._sent)
+        return Run(
+            events_per_s=len(events) / seconds,
+            latencies_ms=[(reader.seen[id_] - at) * 1000 for id_, at in begun.items()],
+            rss_mb=rss,
+        )
+
+
+async def _send(
+    url: str, streams: Sequence[Stream], ids: Sequence[str], data: Sequence[bytes], *, rate: float | None = None,
+    at_once: int = 100,
+) -> tuple[float, dict[str, float]]:  # fmt: skip
+    """Append an event for each id, to the streams by turns, `rate` a second; return seconds, and when each began."""
+    begun: dict[str, float] = {}
+    free = asyncio.Semaphore(at_once)
+
+    async def send(client: httpx.AsyncClient, number: int) -> None:
+        stream, id_ = streams[number % len(streams)], ids[number]
+        body = b'{"expectedRevision":"none","events":[{"id":"%b","type":"Sent","data":%b}]}'
+        async with free:
+            begun[id_] = time.perf_counter()
+            answer = await client.post(
+                f"/v1/streams/{stream.namespace}/{stream.name}/subjects/{urllib.parse.quote(id_)}/events",
+                content=body % (id_.encode(), data[number]),
+            )
+        if answer.status_code != httpx.codes.CREATED:
+            raise RuntimeError(f"an append to {stream.name} was answered with {answer.text}")
+
+    headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+    async with httpx.AsyncClient(base_url=url, trust_env=False, headers=headers, timeout=60) as client:
+        start = time.perf_counter()
+        async with asyncio.TaskGroup() as sending:
+            for number in range(len(ids)):
+                if rate is not None:
+                    await asyncio.sleep(start + number / rate - time.perf_counter())
+                sending.create_task(send(client, number))
+        return time.perf_counter() - start, begun
+
+
+class _Reader(threading.Thread):
+    """Notes in `seen` when a `read_committed` consumer got each event of the streams' topics, by its id."""
+
+    def __init__(self, bootstrap: str, streams: Sequence[Stream]) -> None:
+        super().__init__(daemon=True)
+        self.seen: dict[str, float] = {}
+        self._ended = threading.Event()
+        self._consumer = Consumer({
+            "bootstrap.servers": bootstrap, "group.id": "bench", "enable.auto.commit": False,
+            "isolation.level": "read_committed", "fetch.error.backoff.ms": 10,
+        })  # fmt: skip
+        self._consumer.assign([
+            TopicPartition(stream.topic, partition, OFFSET_BEGINNING)
+            for stream in streams for partition in range(stream.partitions)
+        ])  # fmt: skip
+
+    def run(self) -> None:
+        while not self._ended.is_set():
+            for message in self._consumer.consume(1000, 0.002):
+                headers: dict[str, Any] = dict(message.headers() or [])
+                if message.error() is None:
+                    self.seen[headers["ce_id"].decode()] = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self.join(30)
+        self._consumer.close()
+
+
+def _rss(process: Service) -> float:
+    """Return the memory of a process in MB."""
+    shown = subprocess.run(["ps", "-o", "rss=", "-p", str(process.pid)], check=True, capture_output=True, text=True)
+    return int(shown.stdout) / 1024
