@@ -22,7 +22,8 @@ from bench.result import Comparison, Run
 from bench.servers import PARTITIONS, Servers
 from bench.waiting import until
 from bench.workloads.append_http import started
-from hack.servers.platform import TOKEN, Service
+from hack.servers.callers import TOKEN
+from hack.servers.platform import Service
 
 _STREAMS = 1_000
 #: Events a second, over all streams.
