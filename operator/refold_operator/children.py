@@ -1,6 +1,7 @@
 """The Kubernetes objects that a Projection needs, as pure functions of what was decided.
 
-All pods meet the Pod Security Standard `restricted`, have a read-only root file system and no service account token.
+All pods meet the Pod Security Standard `restricted`, have a read-only root file system and, but for the
+query service, no service account token.
 """
 
 import base64
@@ -54,11 +55,21 @@ def projector_secret(owner: Projection, version: str, *, store_dsn: str, readsto
     )  # fmt: skip
 
 
-def query_secret(owner: Projection, *, readstore_dsn: str, token: str) -> Manifest:
-    """Return the Secret with the query service's DSN and the token that it asks for."""
+def query_account(owner: Projection) -> Manifest:
+    """Return the ServiceAccount by which the query service asks the Kubernetes API about its callers."""
+    return {
+        "apiVersion": "v1",
+        "kind": "ServiceAccount",
+        "metadata": _metadata(owner, names.query_name(owner.metadata.name), _labels(owner, "query")),
+        "automountServiceAccountToken": False,  # its pods say that they want it
+    }
+
+
+def query_secret(owner: Projection, *, readstore_dsn: str) -> Manifest:
+    """Return the Secret with the query service's DSN."""
     return _secret(
         owner, names.query_name(owner.metadata.name), _labels(owner, "query"),
-        {"readstore-dsn": readstore_dsn, "token": token},
+        {"readstore-dsn": readstore_dsn},
     )  # fmt: skip
 
 
@@ -90,12 +101,12 @@ def query(owner: Projection, *, image: Image, secret: Manifest) -> Manifest:
     env = [
         {"name": "REFOLD_PROJECTION", "value": f"{owner.metadata.namespace}/{owner.metadata.name}"},
         _from_secret("REFOLD_READSTORE_DSN", secret, "readstore-dsn"),
-        _from_secret("REFOLD_TOKEN", secret, "token"),
         {"name": "REFOLD_PORT", "value": str(PORT)},
     ]
     return _deployment(
         owner, names.query_name(owner.metadata.name), "query", _labels(owner, "query"),
         processes=owner.spec.query, image=image, env=env, secret=secret,
+        account=names.query_name(owner.metadata.name),
     )  # fmt: skip
 
 
@@ -224,7 +235,9 @@ def _deployment(
     image: Image,
     env: list[Manifest],
     secret: Manifest,
+    account: str | None = None,
 ) -> Manifest:
+    """Return a Deployment; with an `account` its pods get that ServiceAccount's token."""
     # Other credentials are another pod template, so that pods which have the former ones are replaced.
     digest = hashlib.sha256(repr(sorted(secret["data"].items())).encode()).hexdigest()[:16]
     container = {
@@ -256,7 +269,8 @@ def _deployment(
             "template": {
                 "metadata": {"labels": dict(labels), "annotations": {_SECRET_HASH: digest}},
                 "spec": {
-                    "automountServiceAccountToken": False,
+                    "automountServiceAccountToken": account is not None,
+                    **({} if account is None else {"serviceAccountName": account}),
                     "enableServiceLinks": False,
                     "terminationGracePeriodSeconds": _GRACE_SECONDS,
                     "securityContext": {

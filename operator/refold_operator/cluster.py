@@ -28,6 +28,8 @@ _PATHS = {
     "Deployment": ("/apis/apps/v1", "deployments"),
     "Service": ("/api/v1", "services"),
     "Secret": ("/api/v1", "secrets"),
+    "ServiceAccount": ("/api/v1", "serviceaccounts"),
+    "ClusterRoleBinding": ("/apis/rbac.authorization.k8s.io/v1", "clusterrolebindings"),
     "Event": ("/api/v1", "events"),
 }
 
@@ -66,7 +68,7 @@ class Cluster:
         """Close the connections."""
         await self._api.close()
 
-    async def get(self, kind: str, namespace: str, name: str) -> Object | None:
+    async def get(self, kind: str, namespace: str | None, name: str) -> Object | None:
         """Return an object, or None where there is none."""
         return await self._request("GET", kind, namespace, name, missing_ok=True)
 
@@ -100,6 +102,15 @@ class Cluster:
                 return False
             raise
         return True
+
+    async def patch(self, kind: str, namespace: str | None, name: str, patch: Mapping[str, Any]) -> Object:
+        """Merge `patch` into an object that exists, and return the object."""
+        answer = await self._request(
+            "PATCH", kind, namespace, name,
+            query={"fieldManager": MANAGER}, body=patch, content_type="application/merge-patch+json",
+        )  # fmt: skip
+        assert answer is not None
+        return answer
 
     async def delete(self, kind: str, namespace: str, name: str) -> None:
         """Delete an object and, in the background, what it owns; one that is gone is no error."""

@@ -10,6 +10,7 @@ import structlog
 from refold_operator import eventstream, projection, resources
 from refold_operator.children import Image
 from refold_operator.cluster import Cluster, Object, RefusedError
+from refold_operator.delegation import Delegation
 from refold_operator.errors import ReconcileError, UnreachableError
 from refold_operator.installation import Installation
 from refold_operator.kafka import Kafka
@@ -47,6 +48,7 @@ class Controller:
         self._readstore = readstore
         self._kafka = kafka
         self._installation = installation
+        self._delegation = Delegation(cluster)
         self._written: dict[Key, float] = {}
         self._readers: dict[Key, frozenset[str]] = {}
         self.queue = WorkQueue(self.reconcile)
@@ -112,7 +114,7 @@ class Controller:
             readstore=self._readstore,
             image=Image(self._settings.image, self._settings.image_pull_policy),
             kafka_bootstrap=self._settings.kafka_bootstrap,
-            token=self._settings.token.get_secret_value(),
+            delegation=self._delegation,
             key=self._installation.key,
         )
 

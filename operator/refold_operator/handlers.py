@@ -16,7 +16,12 @@ from refold_operator.resources import FINALIZER
 from refold_operator.workqueue import Key
 
 _PREFIX = "operator.refold.dev"
-_CHILDREN = (("apps", "v1", "deployments"), ("", "v1", "services"), ("", "v1", "secrets"))
+_CHILDREN = (
+    ("apps", "v1", "deployments"),
+    ("", "v1", "services"),
+    ("", "v1", "secrets"),
+    ("", "v1", "serviceaccounts"),
+)
 
 
 def settings() -> kopf.OperatorSettings:
@@ -72,6 +77,7 @@ async def projection_deleted(memo: Any, namespace: str | None, name: str, retry:
 @kopf.on.event("apps", "v1", "deployments", labels={PROJECTION_LABEL: kopf.PRESENT})
 @kopf.on.event("", "v1", "services", labels={PROJECTION_LABEL: kopf.PRESENT})
 @kopf.on.event("", "v1", "secrets", labels={PROJECTION_LABEL: kopf.PRESENT})
+@kopf.on.event("", "v1", "serviceaccounts", labels={PROJECTION_LABEL: kopf.PRESENT})
 async def child_changed(memo: Any, namespace: str | None, labels: Any, **_: Any) -> None:
     """Something that was made for a Projection was changed, by someone or by its own progress."""
     controller: Controller = memo.controller

@@ -24,6 +24,7 @@ from refold.projection.readstore import ConflictError, ProjectionStatus, ReadSto
 from refold_operator import children, cluster, credentials
 from refold_operator.children import Image
 from refold_operator.cluster import Cluster, Object
+from refold_operator.delegation import Account, Delegation
 from refold_operator.errors import ReconcileError, UnreachableError
 from refold_operator.readstore import ReadStore
 from refold_operator.resources import REBUILD_ANNOTATION, TAKE_OVER_ANNOTATION, Projection
@@ -48,7 +49,6 @@ class Surroundings:
 
     Attributes:
         key: the installation's key of passwords, None until the installation has read it.
-        token: what query services ask for.
     """
 
     cluster: Cluster
@@ -56,7 +56,7 @@ class Surroundings:
     readstore: ReadStore
     image: Image
     kafka_bootstrap: str
-    token: str
+    delegation: Delegation
     key: bytes | None
 
 
@@ -140,10 +140,11 @@ async def finalize(projection: Projection, around: Surroundings) -> None:
     namespace, name = projection.metadata.namespace, projection.metadata.name
     with _cluster_errors():
         # The garbage collector would come for them only after the Projection is gone, and they hold tables and logins.
-        for kind in ("Deployment", "Service", "Secret"):
+        for kind in ("Deployment", "Service", "Secret", "ServiceAccount"):
             for child in await around.cluster.list(kind, namespace, selector=_children_of(projection)):
                 if children.owned_by(child, projection):
                     await around.cluster.delete(kind, namespace, child["metadata"]["name"])
+        await around.delegation.take(Account(namespace, names.query_name(name)))
     schema = names.read_schema(namespace, name)
     with _store_errors():
         await around.store.drop_login(_store_login(around, schema))
@@ -231,8 +232,9 @@ async def _apply(
     role = _store_login(around, names.read_schema(namespace, name))
     with _store_errors():
         store_dsn = await around.store.projector_login(role, credentials.password(around.key, role), readable)
-    query_secret = children.query_secret(projection, readstore_dsn=logins.query, token=around.token)
+    query_secret = children.query_secret(projection, readstore_dsn=logins.query)
     wanted = [
+        children.query_account(projection),
         query_secret,
         children.query_service(projection),
         children.query(projection, image=around.image, secret=query_secret),
@@ -246,7 +248,7 @@ async def _apply(
     with _cluster_errors():
         there = {
             (child["kind"], child["metadata"]["name"]): child
-            for kind in ("Secret", "Service", "Deployment")
+            for kind in ("ServiceAccount", "Secret", "Service", "Deployment")
             for child in await around.cluster.list(kind, namespace, selector=_children_of(projection))
         }
         for manifest in map(children.stamped, wanted):
@@ -254,6 +256,8 @@ async def _apply(
             known = there.get(identity)
             if known is None or not cluster.covers(known, manifest):
                 there[identity] = await _apply_one(projection, around, manifest, known, found)
+        # Only now: an account of this name that isn't the Projection's would have been refused.
+        await around.delegation.give(Account(namespace, names.query_name(name)))
     return {child_name: child for (kind, child_name), child in there.items() if kind == "Deployment"}
 
 

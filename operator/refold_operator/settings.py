@@ -24,8 +24,6 @@ class Settings(kafka.Settings):
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     #: The namespace that the operator runs in; the event store's and the relay's logins are put there.
     namespace: str
-    #: The bearer token that query services ask for.
-    token: SecretStr
     #: Replication factor of topics whose EventStream doesn't say.
     topic_replicas: int = Field(default=1, ge=1)
     #: Probes and metrics.

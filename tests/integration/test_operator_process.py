@@ -29,6 +29,13 @@ pytestmark = pytest.mark.skipif(
     kubernetes_api.programs() is None, reason="no kube-apiserver and etcd in the cache: see hack/kind"
 )
 T = TypeVar("T")
+#: As the chart makes it.
+QUERY_BINDING = {
+    "apiVersion": "rbac.authorization.k8s.io/v1",
+    "kind": "ClusterRoleBinding",
+    "metadata": {"name": "refold-query"},
+    "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "system:auth-delegator"},
+}
 _numbers = itertools.count(1)
 
 
@@ -53,7 +60,6 @@ class Operator:
                 "REFOLD_KAFKA_BOOTSTRAP": kafka.bootstrap,
                 "REFOLD_IMAGE": "refold/refold:test",
                 "REFOLD_NAMESPACE": "refold-system",
-                "REFOLD_TOKEN": "query-token",
                 "REFOLD_PORT": str(self.port),
             },
         )
@@ -88,6 +94,7 @@ def api() -> Iterator[ApiServer]:
     server.start()
     server.kubectl("apply", "-f", str(ROOT / "crds"))
     server.kubectl("create", "namespace", "refold-system")
+    server.apply(QUERY_BINDING)
     yield server
     server.remove()
 
@@ -305,6 +312,39 @@ def test_a_projection_waits_for_its_stream_and_serves(api: ApiServer, namespace:
     assert version in scale["status"]["selector"]
 
 
+def delegates(api: ApiServer) -> set[tuple[str, str]]:
+    subjects = api.get("clusterrolebinding", "refold-query").get("subjects", [])
+    return {(subject["namespace"], subject["name"]) for subject in subjects}
+
+
+def test_query_services_and_nobody_else_may_ask_about_their_callers(api: ApiServer, namespace: str) -> None:
+    readers = [projection(namespace), projection(namespace, "other")]
+    api.apply(event_stream(namespace), *readers)
+    for name in ("status", "other"):
+        until(lambda name=name: serves(api, namespace, name))
+    ours = {(namespace, "status-query"), (namespace, "other-query")}
+    assert ours <= delegates(api)
+    assert names(api, "serviceaccounts", namespace) == {"status-query", "other-query"}
+    pod = api.get("deployment", "status-query", "-n", namespace)["spec"]["template"]["spec"]
+    assert (pod["serviceAccountName"], pod["automountServiceAccountToken"]) == ("status-query", True)
+    questions = ("tokenreviews.authentication.k8s.io", "subjectaccessreviews.authorization.k8s.io", "secrets")
+    users = f"system:serviceaccount:{namespace}"
+    may = {
+        account: [
+            api.kubectl("auth", "can-i", "create", one, "-A", f"--as={users}:{account}", check=False).split("\n")[0]
+            for one in questions
+        ]
+        for account in ("status-query", "default")
+    }
+    assert may == {"status-query": ["yes", "yes", "no"], "default": ["no", "no", "no"]}
+
+    api.kubectl("delete", "serviceaccount", "status-query", "-n", namespace)
+    until(lambda: "status-query" in names(api, "serviceaccounts", namespace))
+    api.kubectl("delete", "projection", "other", "-n", namespace)
+    assert ours & delegates(api) == {(namespace, "status-query")}
+    until(lambda: names(api, "serviceaccounts", namespace) == {"status-query"})
+
+
 def test_the_secrets_logins_can_do_their_work_and_no_more(api: ApiServer, namespace: str) -> None:
     api.apply(event_stream(namespace), event_stream(namespace, "secrets"), projection(namespace))
     until(lambda: serves(api, namespace))
@@ -312,7 +352,7 @@ def test_the_secrets_logins_can_do_their_work_and_no_more(api: ApiServer, namesp
     projector = api.get("secret", f"status-projector-{version}", "-n", namespace)["data"]
     query = api.get("secret", "status-query", "-n", namespace)["data"]
     decoded = {key: base64.b64decode(value).decode() for key, value in {**query, **projector}.items()}
-    assert decoded["token"] == "query-token"
+    assert set(query) == {"readstore-dsn"}
     with psycopg.connect(decoded["store-dsn"], autocommit=True) as connection:
         connection.execute(f'select * from "{namespace}.orders".events')
         connection.execute("select * from refold.heads")
@@ -493,7 +533,7 @@ def _seconds(timestamp: str) -> float:
 
 
 def test_nothing_secret_is_in_the_log(operator: Operator) -> None:
-    for secret in ("query-token", "password=", ":local@", "postgresql://"):
+    for secret in ("password=", ":local@", "postgresql://"):
         assert secret not in operator.log
     assert "Traceback" not in operator.log
 

@@ -110,7 +110,6 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "image.tag": ("7", EMBEDDED),
     "image.pullPolicy": ("Always", EMBEDDED),
     "crds.install": (False, EMBEDDED),
-    "auth.existingSecret": ("my-token", EMBEDDED),
     "store.adminSecret": ("other", EXTERNAL),
     "readStore.adminSecret": ("other", EXTERNAL),
     "kafka.bootstrapServers": ("other:9092", EXTERNAL),
@@ -304,9 +303,15 @@ def test_no_pod_gets_variables_named_after_services(values: dict[str, Any]) -> N
 
 
 @BOTH
-def test_only_operator_and_uninstall_hook_may_speak_to_the_api_server(values: dict[str, Any]) -> None:
+def test_only_operator_event_store_and_uninstall_hook_may_speak_to_the_api_server(values: dict[str, Any]) -> None:
     with_token = {name for name, pod in pods(render(values)) if pod["spec"].get("automountServiceAccountToken", True)}
-    assert with_token == {"Deployment/refold-operator", "Job/refold-uninstall"}
+    assert with_token == {"Deployment/refold-operator", "Deployment/refold-eventstore", "Job/refold-uninstall"}
+    reach = set()
+    for policy in [m for m in render(values) if m["kind"] == "NetworkPolicy"]:
+        for rule in policy["spec"].get("egress") or []:
+            if "to" not in rule and {"port": 6443} in rule.get("ports", []):
+                reach.add(policy["metadata"]["name"])
+    assert reach == {name.split("/")[1] for name in with_token}
 
 
 @BOTH
@@ -357,7 +362,7 @@ def test_backends_that_are_given_are_used() -> None:
     assert (secret, read_secret) == ({"name": "my-store", "key": "dsn"}, {"name": "my-read-store", "key": "dsn"})
     assert variables["REFOLD_KAFKA_BOOTSTRAP"]["value"] == EXTERNAL["kafka"]["bootstrapServers"]
     assert not [m for m in manifests if m["kind"] in {"StatefulSet", "ConfigMap"}]
-    assert [m["metadata"]["name"] for m in manifests if m["kind"] == "Secret"] == ["refold-token"]
+    assert not [m for m in manifests if m["kind"] == "Secret"]
 
 
 def test_one_replica_gets_no_disruption_budget() -> None:
@@ -376,16 +381,14 @@ def test_one_password_stands_in_all_secrets_of_the_embedded_postgres() -> None:
     host = f"refold_admin:{password}@refold-postgres.{NAMESPACE}.svc:5432"
     assert one(manifests, "Secret", "refold-store-admin")["stringData"]["dsn"] == f"postgresql://{host}/refold_store"
     assert one(manifests, "Secret", "refold-readstore-admin")["stringData"]["dsn"] == f"postgresql://{host}/refold_read"
-    assert one(manifests, "Secret", "refold-token")["stringData"]["token"] != password
 
 
-def test_a_token_of_ones_own_is_used_everywhere_and_none_is_made() -> None:
-    manifests = render(merged(EMBEDDED, at("auth.existingSecret", "my-token")))
-    assert "refold-token" not in json.dumps(manifests)
-    for process in ("operator", "eventstore"):
-        (container,) = one(manifests, "Deployment", f"refold-{process}")["spec"]["template"]["spec"]["containers"]
-        (token,) = [variable for variable in container["env"] if variable["name"] == "REFOLD_TOKEN"]
-        assert token["valueFrom"] == {"secretKeyRef": {"name": "my-token", "key": "token"}}
+def test_values_of_0_1_come_along_and_its_shared_token_is_refused_with_what_to_do() -> None:
+    former = render(merged(EMBEDDED, at("auth.existingSecret", "")))
+    assert without_random(former) == without_random(render(EMBEDDED))
+    message = refusal(merged(EMBEDDED, at("auth.existingSecret", "my-token")))
+    assert "auth.existingSecret is of Refold 0.1" in message
+    assert "docs/authorisation.md" in message
 
 
 # --- rights ---
@@ -395,13 +398,14 @@ def test_the_operator_has_the_rights_that_its_readme_names_and_no_others() -> No
     readme = (ROOT / "operator" / "refold_operator" / "README.md").read_text()
     (block,) = re.findall(r"```yaml\n(rules:.*?)```", readme, re.DOTALL)
 
-    def rights(rules: list[dict[str, list[str]]]) -> set[tuple[str, str, str]]:
+    def rights(rules: list[dict[str, list[str]]]) -> set[tuple[str, str, str, str]]:
         return {
-            (group, resource, verb)
+            (group, resource, verb, name)
             for rule in rules
             for group in rule["apiGroups"]
             for resource in rule["resources"]
             for verb in rule["verbs"]
+            for name in rule.get("resourceNames", [""])
         }
 
     role = one(render(EMBEDDED), "ClusterRole", "refold-operator")
@@ -415,6 +419,28 @@ def test_no_role_has_a_wildcard(values: dict[str, Any]) -> None:
     for role in roles:
         for rule in role["rules"]:
             assert not [value for values_ in rule.values() for value in values_ if "*" in value]
+
+
+def test_services_may_ask_the_api_server_about_callers_and_nothing_else() -> None:
+    manifests = render(EMBEDDED)
+    delegator = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "system:auth-delegator"}
+    ours, queries = (one(manifests, "ClusterRoleBinding", name) for name in ("refold-eventstore", "refold-query"))
+    assert ours["roleRef"] == queries["roleRef"] == delegator
+    assert ours["subjects"] == [{"kind": "ServiceAccount", "name": "refold-eventstore", "namespace": NAMESPACE}]
+    assert "subjects" not in queries, "they are the operator's"
+    bound = [m for m in manifests if m["kind"].endswith("Binding") and "refold-eventstore" in str(m.get("subjects"))]
+    assert bound == [ours]
+
+
+def test_who_may_view_a_namespace_reads_events_and_rows_and_only_who_may_edit_it_appends() -> None:
+    def rights(name: str) -> set[tuple[str, str]]:
+        rules = one(render(EMBEDDED), "ClusterRole", name)["rules"]
+        return {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
+
+    data = {"eventstreams/events", "projections/rows"}
+    view = {right for right in rights("refold-view") if right[0] in data}
+    assert view == {(resource, verb) for resource in data for verb in ("get", "watch")}
+    assert {right for right in rights("refold-edit") if right[0] in data} == {("eventstreams/events", "create")}
 
 
 # --- network policies ---

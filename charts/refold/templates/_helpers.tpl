@@ -61,10 +61,6 @@ readinessProbe:
   failureThreshold: 3
 {{- end }}
 
-{{- define "refold.tokenSecret" -}}
-{{ .Values.auth.existingSecret | default "refold-token" }}
-{{- end }}
-
 {{- define "refold.storeAdminSecret" -}}
 {{- if .Values.embedded.enabled -}}
 refold-store-admin
