@@ -3,7 +3,6 @@
 Everything goes to 127.0.0.1, to node ports that the kind cluster maps there (hack/kind/).
 """
 
-import base64
 import functools
 import json
 import subprocess
@@ -65,13 +64,17 @@ def eventually(attempt: Callable[[], _T | None], what: str, *, timeout: float = 
 
 @functools.cache
 def bearer() -> str:
-    """Return the installation's token."""
-    secret = kubectl("-n", NAMESPACE, "get", "secret", "refold-token", "-o", "jsonpath={.data.token}")
-    return base64.b64decode(secret).decode()
+    """Return a token of the caller that hack/kind/caller.yaml makes, valid for four hours."""
+    return token("default", "refold-local", "--duration=4h")
+
+
+def token(namespace: str, account: str, *options: str) -> str:
+    """Return a new token of a ServiceAccount, for the audience `refold`."""
+    return kubectl("-n", namespace, "create", "token", account, "--audience=refold", *options).strip()
 
 
 def http(base: str, *, timeout: float = 60) -> httpx.Client:
-    """Return a client of one service with the installation's token."""
+    """Return a client of one service that sends the token of `bearer`."""
     # trust_env: a proxy of the environment must not come between us and 127.0.0.1
     return httpx.Client(
         base_url=base, headers={"Authorization": f"Bearer {bearer()}"}, timeout=timeout, trust_env=False

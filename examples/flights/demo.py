@@ -152,8 +152,7 @@ def main() -> int:
     console.print(
         "kubectl --context kind-refold -n flights get evs,proj\n"
         "kubectl explain projection.spec.fold\n"
-        "TOKEN=$(kubectl --context kind-refold -n refold-system get secret refold-token -o jsonpath='{.data.token}'"
-        " | base64 -d)\n"
+        "TOKEN=$(kubectl --context kind-refold -n default create token refold-local --audience refold)\n"
         'curl -H "Authorization: Bearer $TOKEN" 127.0.0.1:30082/v1/rows/UA\n'
         'curl -H "Authorization: Bearer $TOKEN" "127.0.0.1:30081/v1/rows?where=status:eq:cancelled&limit=3"\n'
         'curl -H "Authorization: Bearer $TOKEN" '

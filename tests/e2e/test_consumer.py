@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from hack.client import NAMESPACE, Stream, bearer, eventually, kubectl
+from hack.client import NAMESPACE, Stream, eventually, kubectl
 from tests.e2e.conftest import Sandbox
 from tests.e2e.orders import STREAM
 
@@ -17,13 +17,11 @@ _ASK = "import httpx; print(httpx.get('http://127.0.0.1:8080/').text)"
 
 def deploy(sandbox: Sandbox) -> None:
     """Apply the example as its kubernetes.yaml says."""
-    (deployment,) = yaml.safe_load_all((EXAMPLE / "kubernetes.yaml").read_text())
+    *others, deployment = yaml.safe_load_all((EXAMPLE / "kubernetes.yaml").read_text())
     image = kubectl("-n", NAMESPACE, "get", "deployment", "refold-eventstore", "-o", "jsonpath={..containers[0].image}")
     deployment["spec"]["template"]["spec"]["containers"][0]["image"] = image
-    name = ("-n", sandbox.name, "create")
-    kubectl(*name, "configmap", "order-sums", f"--from-file={EXAMPLE / 'consumer.py'}")
-    kubectl(*name, "secret", "generic", "refold-token", f"--from-literal=token={bearer()}")
-    sandbox.apply(deployment)
+    kubectl("-n", sandbox.name, "create", "configmap", "order-sums", f"--from-file={EXAMPLE / 'consumer.py'}")
+    sandbox.apply(*others, deployment)
     rollout(sandbox)
 
 

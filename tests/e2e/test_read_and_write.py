@@ -106,7 +106,7 @@ def bad_input() -> Any:
     sandbox.remove()
 
 
-def test_without_the_token_nothing_but_the_probes_answers(sandbox: Sandbox) -> None:
+def test_without_a_token_nothing_but_the_probes_answers(sandbox: Sandbox) -> None:
     sandbox.apply(STREAM, ORDER_STATUS)
     model = sandbox.read_model("order-status")
     model.status()
