@@ -17,7 +17,8 @@ _ASK = "import httpx; print(httpx.get('http://127.0.0.1:8080/').text)"
 
 def deploy(sandbox: Sandbox) -> None:
     """Apply the example as its kubernetes.yaml says."""
-    *others, deployment = yaml.safe_load_all((EXAMPLE / "kubernetes.yaml").read_text())
+    text = (EXAMPLE / "kubernetes.yaml").read_text().replace("namespace: shop", f"namespace: {sandbox.name}")
+    *others, deployment = yaml.safe_load_all(text)
     image = kubectl("-n", NAMESPACE, "get", "deployment", "refold-eventstore", "-o", "jsonpath={..containers[0].image}")
     deployment["spec"]["template"]["spec"]["containers"][0]["image"] = image
     kubectl("-n", sandbox.name, "create", "configmap", "order-sums", f"--from-file={EXAMPLE / 'consumer.py'}")

@@ -52,20 +52,20 @@ class Expiring(Generic[K, V]):
         Raises:
             OverflowError: `most` answers are being asked for already.
         """
+        now = self._clock()
         kept = self._good.get(key) or self._others.get(key)
-        if kept is not None and kept[1] > self._clock():
+        if kept is not None and kept[1] > now:
             return kept[0]
         asked = self._asked.get(key)
         if asked is None:
             if len(self._asked) >= self._most:
                 raise OverflowError
             # Nothing is awaited between the look-up and here, so there is one for a key.
-            asked = self._asked[key] = asyncio.ensure_future(self._ask(key, ask))
+            asked = self._asked[key] = asyncio.ensure_future(self._ask(key, ask, now))
             asked.add_done_callback(_retrieve)
         return await asyncio.shield(asked)
 
-    async def _ask(self, key: K, ask: Callable[[], Awaitable[Fresh[V]]]) -> V:
-        began = self._clock()  # an answer is as old as its question
+    async def _ask(self, key: K, ask: Callable[[], Awaitable[Fresh[V]]], began: float) -> V:
         try:
             value, seconds, good = await ask()
         finally:
@@ -73,6 +73,7 @@ class Expiring(Generic[K, V]):
         self._good.pop(key, None)
         self._others.pop(key, None)
         if seconds > 0:
+            # An answer is as old as its question.
             self._keep(self._good if good else self._others, key, value, began + seconds)
         return value
 
