@@ -57,6 +57,11 @@ class Installed:
             )
             return await catalog.activate(conn, await catalog.record_topic(conn, stream, "topic-id"))
 
+    async def event_types(self, stream: Stream, types: dict[str, Any] | None) -> Stream:
+        """Make `types` what an active stream takes."""
+        async with connected(self.admin) as conn:
+            return await catalog.set_event_types(conn, stream, types)
+
     async def query(self, query: str, *arguments: Any) -> list[tuple[Any, ...]]:
         """Return the rows of a query by the superuser."""
         async with connected(self.superuser) as conn:

@@ -125,6 +125,14 @@ class Platform:
                     active.append(await catalog.activate(conn, recorded))
         return active
 
+    def set_event_types(self, stream: catalog.Stream, types: dict[str, Any] | None) -> catalog.Stream:
+        """Make `types` (the JSON Schema of each event type) what the stream takes; None: any event."""
+        return asyncio.run(self._set_event_types(stream, types))
+
+    async def _set_event_types(self, stream: catalog.Stream, types: dict[str, Any] | None) -> catalog.Stream:
+        async with await self._admin(self._store) as conn:
+            return await catalog.set_event_types(conn, stream, types)
+
     def drop_stream(self, stream: catalog.Stream) -> None:
         """Drop a stream's history and delete its topic, as the operator does with `deletionPolicy: Delete`."""
         asyncio.run(self._drop_stream(stream))

@@ -7,13 +7,16 @@ topic and whether it is ours to touch is decided by `plan_topic`, a pure functio
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import psycopg
 import structlog
 from confluent_kafka import KafkaException
 from refold import names
+from refold.eventstore.appends import MAX_TYPE_BYTES, check_text
 from refold.eventstore.catalog import Stream
-from refold.eventstore.errors import ConflictError, EventStoreError, NotInstalledError
+from refold.eventstore.errors import ConflictError, EventStoreError, InvalidAppendError, NotInstalledError
+from refold.eventstore.event_types import EventTypes, SchemaError
 
 from refold_operator.errors import ForbiddenError, ReconcileError, UnreachableError
 from refold_operator.kafka import Kafka, Topic, TopicExistsError, TopicRefusedError
@@ -140,6 +143,26 @@ def topic_name(stream: EventStream) -> str:
     return stream.spec.topic.name or names.topic(stream.metadata.namespace, stream.metadata.name)
 
 
+def event_types(stream: EventStream) -> dict[str, Any] | None:
+    """Return the JSON Schema of each event type that the stream takes; None: it takes any event.
+
+    Raises:
+        ReconcileError: a name or a schema can't be used; it says which, where and why.
+    """
+    if stream.spec.events is None:
+        return None
+    types = {each.name: each.json_schema for each in stream.spec.events}
+    try:
+        for name in types:
+            check_text("name", name, MAX_TYPE_BYTES)
+        EventTypes(types)
+    except (SchemaError, InvalidAppendError) as error:
+        raise ReconcileError(
+            "StoreReady", "InvalidSchema", f"spec.events: {error}. Nothing was changed; events are taken as before"
+        ) from error
+    return types
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     """What a reconcile came to.
@@ -173,11 +196,14 @@ async def reconcile(stream: EventStream, *, store: Store, kafka: Kafka, default_
     found = ""
     claim = None
     try:
+        types = event_types(stream)
         with _store_errors():
             claim = await store.stream(stream.metadata.namespace, stream.metadata.name)
         claim, note, found = await _topic(stream, claim, store=store, kafka=kafka, default_replicas=default_replicas)
         topic = Condition("TopicReady", "True", "Applied", f"the topic {topic_name(stream)} is as specified{note}")
         with _store_errors():
+            # before the first append, and while Ready is still of the former generation
+            claim = await store.set_event_types(claim, types)
             if claim.state != "active":
                 claim = await store.activate(claim)
             status["events"] = await store.events(claim)

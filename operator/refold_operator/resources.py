@@ -39,11 +39,19 @@ class Topic(_Model):
     config: dict[str, str] = {}
 
 
+class EventType(_Model):
+    """One of `spec.events` of an EventStream; the schema is whatever was written, true where nothing was."""
+
+    name: str
+    json_schema: Any = Field(default=True, alias="schema")
+
+
 class EventStreamSpec(_Model):
     """`spec` of an EventStream."""
 
     partitions: int
     topic: Topic = Topic()
+    events: list[EventType] | None = None
     deletion_policy: DeletionPolicy = Field(default="Retain", alias="deletionPolicy")
 
 

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from refold import names
 from refold.eventstore import catalog, roles
@@ -63,6 +64,11 @@ class Store:
         """Record which topic is the stream's; empty: one is about to be made."""
         async with self.database.connection() as connection:
             return await catalog.record_topic(connection, stream, topic_id)
+
+    async def set_event_types(self, stream: Stream, types: Mapping[str, Any] | None) -> Stream:
+        """Make `types` what the stream takes; see `refold.eventstore.catalog.set_event_types`."""
+        async with self.database.connection() as connection:
+            return await catalog.set_event_types(connection, stream, types)
 
     async def activate(self, stream: Stream) -> Stream:
         """Let the stream be served."""

@@ -363,3 +363,51 @@ async def test_the_process_serves_before_its_database_is_there_and_ends_with_0_o
     process.send_signal(signal.SIGTERM)
     assert await asyncio.wait_for(process.wait(), 30) == 0
     assert [answer.status for answer in answers] == [201] * 8
+
+
+@pytest.fixture(scope="module")
+async def counts(installed: Installed) -> str:
+    """The path of a stream that takes events of one type, with a schema."""
+    stream = await installed.stream("counts")
+    schema = {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}}
+    await installed.event_types(stream, {"Counted": schema})
+    return "/v1/streams/shop/counts"
+
+
+def counted(id: str, n: Any, type: str = "Counted") -> dict[str, Any]:  # noqa: A002
+    return {"id": id, "type": type, "data": {"n": n}}
+
+
+def test_data_that_does_not_match_is_422_with_the_event_the_place_and_the_reason(api: Served, counts: str) -> None:
+    content = {"events": [counted("1", 1), counted("2", "two")]}
+    answer = api.ask(f"{counts}/subjects/a/events", "POST", body=json.dumps(content).encode())
+    problem = refused(answer, 422, "invalid-data")
+    assert problem["field"] == "events[1].data"
+    assert problem["errors"] == [{"pointer": "/n", "message": '"two" is not of type "integer"'}]
+    assert "/n" in problem["detail"]
+    assert api.ask(f"{counts}/subjects/a/events").json() == {"events": []}
+
+
+def test_an_unknown_type_is_422_with_the_types_there_are(api: Served, counts: str) -> None:
+    content = {"events": [counted("1", 1, "Conuted")]}
+    answer = api.ask(f"{counts}/subjects/b/events", "POST", body=json.dumps(content).encode())
+    problem = refused(answer, 422, "unknown-event-type")
+    assert (problem["field"], problem["types"]) == ("events[0].type", ["Counted"])
+
+
+def test_a_line_of_a_bulk_that_does_not_match_is_refused_alone(api: Served, counts: str) -> None:
+    lines = [{"subject": "c", "events": [counted(str(n), n if n != 1 else "one")]} for n in range(3)]
+    answer = api.ask(f"{counts}/events", "POST", body="\n".join(map(json.dumps, lines)).encode())
+    answers = [json.loads(line) for line in answer.body.splitlines()]
+    assert [line.get("revision") for line in answers] == [1, None, 2]
+    error = answers[1]["error"]
+    assert (error["field"], error["line"], error["errors"][0]["pointer"]) == ("events[0].data", 2, "/n")
+
+
+def test_an_atomic_append_that_does_not_match_names_the_append_and_the_event(api: Served, counts: str) -> None:
+    parts = [("d", [counted("1", 1)]), ("e", [counted("1", 1), counted("2", "two")])]
+    content = {"appends": [{"subject": subject, "events": events} for subject, events in parts]}
+    answer = api.ask(f"{counts}/transactions", "POST", body=json.dumps(content).encode())
+    problem = refused(answer, 422, "invalid-data")
+    assert (problem["field"], problem["errors"][0]["pointer"]) == ("appends[1].events[1].data", "/n")
+    assert api.ask(f"{counts}/subjects/d/events").json() == {"events": []}

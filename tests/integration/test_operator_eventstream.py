@@ -7,6 +7,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from refold.eventstore import catalog
 from refold.kafka import Brokers, Settings
 from refold_operator import credentials, eventstream, resources
 from refold_operator.database import Database
@@ -97,6 +98,49 @@ async def test_a_second_reconcile_changes_nothing(store: Store, topics: Kafka, n
     assert (await topics.topic(f"shop.{name}"), await store.stream("shop", name)) == before
     assert not result.found
     assert first == second, "a reconcile of an unchanged stream writes nothing, so no transaction gets a number"
+
+
+NUMBER = [{"name": "Counted", "schema": {"properties": {"n": {"type": "integer"}}}}, {"name": "Noted"}]
+
+
+async def test_event_types_are_written_before_ready_says_so_and_changes_nothing_when_they_stay(
+    store: Store, topics: Kafka, name: str
+) -> None:
+    stream = resource(name, events=NUMBER)
+    result = await reconcile(stream, store, topics)
+    assert ready(result) == ("True", "Active")
+    claim = await store.stream("shop", name)
+    assert claim is not None
+    assert claim.types_revision == 1
+    async with store.database.connection() as connection:
+        assert await catalog.get_event_types(connection, claim.stream) == (
+            1, '{"Counted":{"properties":{"n":{"type":"integer"}}},"Noted":true}',
+        )  # fmt: skip
+        writes = "select pg_snapshot_xmax(pg_current_snapshot())"
+        first = await (await connection.execute(writes)).fetchone()
+        await reconcile(resource(name, events=[*reversed(NUMBER)]), store, topics)
+        assert await (await connection.execute(writes)).fetchone() == first
+        await reconcile(resource(name), store, topics)
+        assert await catalog.get_event_types(connection, claim.stream) == (2, None)
+
+
+async def test_a_bad_schema_changes_nothing_and_says_which_where_and_why(
+    store: Store, topics: Kafka, name: str
+) -> None:
+    broken = [{"name": "Noted", "schema": {"properties": {"n": {"type": "strin"}}}}]
+    result = await reconcile(resource(name, events=broken), store, topics)
+    assert ready(result) == ("False", "InvalidSchema")
+    assert all(part in result.conditions[0].message for part in ("spec.events", "Noted", "/properties/n/type", "strin"))
+    assert await store.stream("shop", name) is None
+    assert await topics.topic(f"shop.{name}") is None
+    await reconcile(resource(name, events=NUMBER), store, topics)
+    before = await store.stream("shop", name)
+    result = await reconcile(resource(name, events=broken, topic={"config": {"retention.ms": "1"}}), store, topics)
+    assert ready(result) == ("False", "InvalidSchema")
+    assert await store.stream("shop", name) == before
+    topic = await topics.topic(f"shop.{name}")
+    assert topic is not None
+    assert "retention.ms" not in topic.config
 
 
 async def test_a_foreign_topic_is_refused_until_it_is_gone(store: Store, topics: Kafka, name: str) -> None:

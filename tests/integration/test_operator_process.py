@@ -7,6 +7,7 @@ covers the same on a kind cluster.
 import base64
 import datetime as dt
 import itertools
+import json
 import sys
 import tempfile
 import time
@@ -215,6 +216,12 @@ RULES = [{"type": "OrderPlaced", "set": {"status": "'placed'"}}]
         (event_stream("default", topic={"config": {"retention.ms": 1000}}), "spec.topic.config.retention.ms"),
         (event_stream("default", deletionPolicy="Orphan"), "spec.deletionPolicy"),
         (event_stream("default", shards=3), "shards"),
+        (event_stream("default", events=[]), "spec.events"),
+        (event_stream("default", events=[{"schema": True}]), "spec.events[0].name"),
+        (event_stream("default", events=[{"name": ""}]), "spec.events[0].name"),
+        (event_stream("default", events=[{"name": "x" * 256}]), "spec.events[0].name"),
+        (event_stream("default", events=[{"name": "é" * 128}]), "spec.events[0].name"),
+        (event_stream("default", events=[{"name": "Placed"}, {"name": "Placed"}]), "spec.events[1]"),
         (projection("default", "9lives"), "metadata.name"),
         (projection("default", streams=[]), "spec.streams"),
         (projection("default", streams=["a", "a"]), "spec.streams"),
@@ -251,6 +258,8 @@ def test_the_api_server_refuses_a_bad_spec_and_names_the_field(
         event_stream("default"),
         event_stream("default", "n" * 40, partitions=256, deletionPolicy="Delete"),
         event_stream("default", topic={"name": "my.Topic_1-x", "replicas": 3, "config": {"retention.ms": "-1"}}),
+        event_stream("default", events=[{"name": "Any"}, {"name": "Never", "schema": False}]),
+        event_stream("default", events=[{"name": "n" * 255, "schema": {"$ref": "#/$defs/a", "$defs": {"a": {}}}}]),
         projection("default", "p" * 40),
         projection("default", projector={"replicas": 0, "resources": {"requests": {"cpu": 1, "memory": "1.5Gi"}}}),
         projection(
@@ -343,6 +352,23 @@ def test_query_services_and_nobody_else_may_ask_about_their_callers(api: ApiServ
     api.kubectl("delete", "projection", "other", "-n", namespace)
     assert ours & delegates(api) == {(namespace, "status-query")}
     until(lambda: names(api, "serviceaccounts", namespace) == {"status-query"})
+
+
+def test_event_types_of_a_resource_are_what_the_store_takes(api: ApiServer, operator: Operator, namespace: str) -> None:
+    schema = {"type": "object", "required": ["count"], "properties": {"count": {"type": "integer", "x-unit": "1"}}}
+    types = [{"name": "Counted", "schema": schema}, {"name": "Never", "schema": False}]
+    api.apply(event_stream(namespace, events=types))
+    becomes(api, "eventstream", namespace, "orders", "True", "Active")
+    written = "select types from refold.event_types join refold.streams using (stream) where namespace = %s"
+    with psycopg.connect(operator.admin[operator.store], autocommit=True) as connection:
+        found = connection.execute(written, [namespace]).fetchall()
+        assert [json.loads(types) for (types,) in found] == [{"Counted": schema, "Never": False}]
+        api.apply(event_stream(namespace, events=[{"name": "Counted", "schema": {"pattern": "("}}]))
+        becomes(api, "eventstream", namespace, "orders", "False", "InvalidSchema")
+        assert connection.execute(written, [namespace]).fetchall() == found
+        api.apply(event_stream(namespace, events=[{"name": "Counted"}]))
+        becomes(api, "eventstream", namespace, "orders", "True", "Active")
+        assert connection.execute(written, [namespace]).fetchall() == [('{"Counted":true}',)]
 
 
 def test_the_secrets_logins_can_do_their_work_and_no_more(api: ApiServer, namespace: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 from refold.projection import definition
-from refold_operator import resources
+from refold_operator import eventstream, resources
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = [
@@ -35,6 +35,6 @@ def test_there_is_an_example_of_each_kind() -> None:
 def test_an_example_can_work(document: dict[str, Any]) -> None:
     filled = {"namespace": "shop", "uid": "u", "generation": 1, "resourceVersion": "1", **document["metadata"]}
     if document["kind"] == "EventStream":
-        resources.event_stream({**document, "metadata": filled})
+        eventstream.event_types(resources.event_stream({**document, "metadata": filled}))
     else:
         definition.parse(resources.projection({**document, "metadata": filled}).definition)

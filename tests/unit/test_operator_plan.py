@@ -31,7 +31,7 @@ def claim(**changes: Any) -> Stream:
     values: dict[str, Any] = {
         "stream": 1, "namespace": "shop", "name": "orders", "incarnation": "0" * 16, "uid": "u-1",
         "schema": "shop.orders", "partitions": 6, "topic": "shop.orders", "kafka_cluster": CLUSTER,
-        "topic_id": "id-1", "state": "active", "migration": 1,
+        "topic_id": "id-1", "state": "active", "migration": 1, "types_revision": 0,
     }  # fmt: skip
     return Stream(**{**values, **changes})
 
@@ -123,6 +123,39 @@ class TestTopics:
     def test_the_topic_is_named_after_the_stream_unless_the_spec_says_otherwise(self) -> None:
         assert eventstream.topic_name(stream()) == "shop.orders"
         assert eventstream.topic_name(stream(topic={"name": "other"})) == "other"
+
+
+class TestEventTypes:
+    def test_a_stream_without_events_takes_any(self) -> None:
+        assert eventstream.event_types(stream()) is None
+
+    def test_a_type_without_a_schema_takes_any_data(self) -> None:
+        listed = [
+            {"name": "Placed", "schema": {"type": "object"}},
+            {"name": "Noted"},
+            {"name": "Never", "schema": False},
+        ]
+        assert eventstream.event_types(stream(events=listed)) == {
+            "Placed": {"type": "object"}, "Noted": True, "Never": False,
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("listed", "says"),
+        [
+            ({"name": "Placed", "schema": {"properties": {"a": {"type": "strin"}}}}, "Placed at /properties/a/type"),
+            ({"name": "Placed", "schema": 7}, "object or a boolean"),
+            ({"name": "Placed", "schema": None}, "object or a boolean"),
+            ({"name": "Placed", "schema": {"$ref": "http://127.0.0.1/"}}, "Placed at /$ref"),
+            ({"name": "P\0"}, "NUL"),
+            ({"name": "é" * 128}, "256 bytes"),
+        ],
+    )
+    def test_what_cannot_be_used_is_told_with_its_type_and_place(self, listed: dict[str, Any], says: str) -> None:
+        with pytest.raises(ReconcileError) as refused:
+            eventstream.event_types(stream(events=[{"name": "Fine"}, listed]))
+        assert (refused.value.reason, refused.value.condition) == ("InvalidSchema", "StoreReady")
+        assert says in refused.value.message
+        assert "spec.events" in refused.value.message
 
 
 def owner(**spec: Any) -> resources.Projection:

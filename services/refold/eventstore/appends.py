@@ -111,7 +111,9 @@ def _encode(value: Any) -> bytes:
 class Append:
     """One checked append; ids, types, data and metadata are elements of PostgreSQL arrays.
 
-    `expected` is a revision, -1 for any, -2 for exists; `size` is in bytes.
+    `expected` is a revision, -1 for any, -2 for exists; `size` is in bytes; `refusal` is what the stream's event types
+    of revision `types_revision` say against it; `path` is what stands before its fields in an atomic append, such as
+    `appends[2].`.
     """
 
     subject: str
@@ -123,6 +125,9 @@ class Append:
     data: list[bytes]
     metadata: list[bytes]
     size: int
+    refusal: InvalidAppendError | None = None
+    types_revision: int = 0
+    path: str = ""
 
 
 def check(
@@ -224,7 +229,7 @@ def check_all(appends: Sequence[SubjectAppend], *, partitions: int, limits: Limi
         except InvalidAppendError as error:
             raise type(error)(f"appends[{index}].{error.field}", error.reason) from error
         size += part.size - len(part.ids) * len(append.subject.encode())
-        checked.append(part)
+        checked.append(dataclasses.replace(part, path=f"appends[{index}]."))
     if size > limits.append_bytes:
         raise TooLargeError("appends", f"has {size} bytes, at most {limits.append_bytes} are appended at once")
     return checked

@@ -26,6 +26,16 @@ def jsonb(value: bytes) -> bytes:
     return _LENGTH.pack(len(value) + 1) + _JSONB_VERSION + value
 
 
+def text_value(element: bytes) -> bytes:
+    """Return what `text` made the element of."""
+    return element[_LENGTH.size :]
+
+
+def jsonb_value(element: bytes) -> bytes:
+    """Return what `jsonb` made the element of."""
+    return element[_LENGTH.size + len(_JSONB_VERSION) :]
+
+
 def text_array(elements: Sequence[bytes]) -> bytes:
     """Return the text[] of `elements`, each made by `text`."""
     return _HEADER.pack(1, 0, _TEXT, len(elements), 1) + b"".join(elements)

@@ -10,7 +10,7 @@ after it, so that whoever looks can tell whose topic it is. All is owned by the 
 
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -19,7 +19,7 @@ from psycopg import AsyncConnection, sql
 from psycopg.rows import class_row
 
 from refold import names
-from refold.eventstore import migrations, roles
+from refold.eventstore import event_types, migrations, roles
 from refold.eventstore.errors import ConflictError, EventStoreError, NotInstalledError
 from refold.eventstore.online import LOCK_TIMEOUT, giving_way
 
@@ -33,7 +33,8 @@ class Stream(msgspec.Struct, frozen=True, kw_only=True):
     """One stream of the catalog.
 
     `stream` is its number in the catalog; `incarnation` (16 hex digits) names this one history, in tokens and records;
-    `uid` is of the EventStream that claims it, None once released; `migration` is that of its schema.
+    `uid` is of the EventStream that claims it, None once released; `migration` is that of its schema; `types_revision`
+    counts the states of its event types.
     """
 
     stream: int
@@ -48,9 +49,16 @@ class Stream(msgspec.Struct, frozen=True, kw_only=True):
     topic_id: str | None
     state: State
     migration: int
+    types_revision: int
 
 
-_COLUMNS = sql.SQL(", ").join(sql.Identifier(column) for column in Stream.__struct_fields__)
+# A store of version 0.1.0, served until the operator has upgraded it, has no types_revision.
+_COLUMNS = sql.SQL(", ").join(
+    sql.SQL("coalesce((to_jsonb(streams) ->> 'types_revision')::integer, 0) as types_revision")
+    if column == "types_revision"
+    else sql.Identifier(column)
+    for column in Stream.__struct_fields__
+)
 _STREAMS = sql.SQL("select {} from refold.streams").format(_COLUMNS)
 
 
@@ -196,6 +204,58 @@ async def activate(conn: AsyncConnection[Any], stream: Stream) -> Stream:
         ConflictError: the stream isn't claimed by `stream.uid` any more.
     """
     return await _update(conn, stream, "state", "active")
+
+
+async def set_event_types(conn: AsyncConnection[Any], stream: Stream, types: Mapping[str, Any] | None) -> Stream:
+    """Make `types` what the stream takes; None: events of any type and data.
+
+    Appends under way are finished first. Once this has returned, no event gets in that was checked with other schemas.
+
+    Args:
+        conn: an administrator's connection.
+        stream: a claimed stream.
+        types: the JSON Schema of each event type; `refold.eventstore.event_types.EventTypes` has taken them.
+
+    Raises:
+        ConflictError: the stream isn't claimed by `stream.uid` any more.
+    """
+    wanted = None if types is None else event_types.encode(types)
+    async with conn.transaction(), _as_owner(conn, _store_roles(conn)["owner"]):
+        if (await get_event_types(conn, stream.stream))[1] == wanted:
+            return stream
+        await _lock_heads(conn, stream)
+        found = await _select(
+            conn, sql.SQL(" where stream = {} and uid = {} for update").format(stream.stream, stream.uid)
+        )
+        if not found:
+            raise _not_claimed(stream)
+        revision = found[0].types_revision + 1
+        await conn.execute("delete from refold.event_types where stream = %s", [stream.stream])
+        if wanted is not None:
+            await conn.execute(
+                "insert into refold.event_types (stream, types) values (%s, %s)", [stream.stream, wanted]
+            )
+        await conn.execute("update refold.streams set types_revision = %s where stream = %s", [revision, stream.stream])
+        await conn.execute(
+            "update refold.heads set types_revision = %s where stream = %s",
+            [None if wanted is None else revision, stream.stream],
+        )
+    return msgspec.structs.replace(found[0], types_revision=revision)
+
+
+async def get_event_types(conn: AsyncConnection[Any], stream: int) -> tuple[int, str | None]:
+    """Return the revision and the JSON text of the event types that a stream takes; no text where it takes any event.
+
+    Args:
+        conn: a connection that may read the catalog.
+        stream: its number; one that is gone takes any event, at revision 0.
+    """
+    cursor = await conn.execute(
+        "select s.types_revision, t.types from refold.streams s left join refold.event_types t using (stream) "
+        "where stream = %s",
+        [stream],
+    )
+    return await cursor.fetchone() or (0, None)
 
 
 async def release_stream(conn: AsyncConnection[Any], stream: Stream) -> None:
@@ -441,10 +501,7 @@ async def _update(conn: AsyncConnection[Any], stream: Stream, column: str, value
                     "update refold.heads set active = %s where stream = %s", [value == "active", stream.stream]
                 )
     if not found:
-        raise ConflictError(
-            "name",
-            f"stream {stream.namespace}/{stream.name} isn't claimed by the resource with uid {stream.uid} any more",
-        )
+        raise _not_claimed(stream)
     return msgspec.structs.replace(found[0], **{column: value})
 
 
@@ -481,4 +538,11 @@ def _not_installed(conn: AsyncConnection[Any]) -> NotInstalledError:
     return NotInstalledError(
         f"database {conn.info.dbname} at {conn.info.host}:{conn.info.port} holds no event store; "
         "the operator (refold.eventstore.catalog.install_store) installs it"
+    )
+
+
+def _not_claimed(stream: Stream) -> ConflictError:
+    return ConflictError(
+        "name",
+        f"stream {stream.namespace}/{stream.name} isn't claimed by the resource with uid {stream.uid} any more",
     )

@@ -46,6 +46,37 @@ class InvalidAppendError(EventStoreError):
         self.reason = reason
 
 
+class UnknownTypeError(InvalidAppendError):
+    """An event of a type that the stream doesn't take; nothing of its append was written.
+
+    Attributes:
+        types: those that the stream takes, at most `TOLD`.
+    """
+
+    TOLD = 100
+
+    def __init__(self, field: str, event_type: str, types: list[str]) -> None:
+        self.types = types[: self.TOLD]
+        more = f" and {len(types) - self.TOLD} more" if len(types) > self.TOLD else ""
+        super().__init__(field, f"the stream takes no {event_type!r}; it takes {', '.join(self.types)}{more}")
+
+
+class InvalidDataError(InvalidAppendError):
+    """An event whose data doesn't match the schema of its type; nothing of its append was written.
+
+    Attributes:
+        errors: the first of them, each the JSON pointer to the place in the data, and the reason; may be empty.
+    """
+
+    def __init__(self, field: str, event_type: str, errors: list[tuple[str, str]]) -> None:
+        self.errors = errors
+        told = "; ".join(f"at {pointer}: {reason}" if pointer else reason for pointer, reason in errors)
+        super().__init__(
+            field,
+            f"doesn't match the schema of {event_type}: {told or 'what exactly is wrong takes too long to tell'}",
+        )
+
+
 class TooLargeError(InvalidAppendError):
     """An append, or something in it, is over a limit; nothing of it was written."""
 

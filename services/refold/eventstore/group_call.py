@@ -9,15 +9,21 @@ from refold.eventstore import arrays
 from refold.eventstore.appends import Append
 
 
-def query(schema: str, function: Literal["append_group", "append_all"]) -> bytes:
+def query(schema: str, function: Literal["append_group", "append_all"], types_revision: int) -> bytes:
     """Return the query that appends a group to the stream of `schema`, and gives outcomes, revisions and positions.
 
     `append_group` gives each append its own outcome; `append_all` appends all or none, see
-    migrations/stream/0003_append_all.sql.
+    migrations/stream/0003_append_all.sql. `types_revision` is that of the event types that the group was checked with;
+    the database refuses it (RF006) where the stream has another.
     """
+    parameters = [f"${n}" for n in range(1, 19)]
+    if types_revision:  # said in the same statement, for its transaction alone
+        parameters[0] = (
+            f"case when set_config('refold.event_types', '{types_revision:d}', true) is not null then $1::integer end"
+        )
     return (
         sql.SQL("select outcomes, revisions, positions from {}({})")
-        .format(sql.Identifier(schema, function), sql.SQL(", ").join(sql.SQL(f"${n}") for n in range(1, 19)))
+        .format(sql.Identifier(schema, function), sql.SQL(", ").join(map(sql.SQL, parameters)))
         .as_string()
         .encode()
     )

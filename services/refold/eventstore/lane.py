@@ -13,7 +13,7 @@ import collections
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple, Self, cast
 
 import psycopg
 import structlog
@@ -31,6 +31,7 @@ from refold.eventstore.errors import (
     RevisionConflictError,
     UnavailableError,
 )
+from refold.eventstore.guard import Guard
 
 log = structlog.get_logger(__name__)
 
@@ -43,6 +44,8 @@ PATIENCE = 10.0
 _BACK_OFF = (0.05, 1.0)
 
 _NOT_SERVED = "RF001"
+#: The group was checked with other event types than the stream's.
+_UNCHECKED = "RF006"
 #: Errors that a later attempt may not meet: the server stops, starts, fails over, is full, or ended a deadlock.
 _TRANSIENT = ("08", "40", "53", "57")
 #: Errors that lie in what was sent.
@@ -96,6 +99,14 @@ class Waiting(NamedTuple):
     since: float
     outcome: asyncio.Future[AppendResult]
 
+    def parts(self) -> Sequence[Append]:
+        """Return the append alone."""
+        return (self.append,)
+
+    def checked(self, guard: Guard) -> Self:
+        """Return it checked with the event types that are known now."""
+        return self._replace(append=guard.check(self.append))
+
 
 class WaitingAll(NamedTuple):
     """An atomic append, as `Waiting`; a group of its own."""
@@ -104,6 +115,14 @@ class WaitingAll(NamedTuple):
     expected: list[ExpectedRevision]
     since: float
     outcome: asyncio.Future[AllAppended]
+
+    def parts(self) -> Sequence[Append]:
+        """Return the appends to each subject."""
+        return self.appends
+
+    def checked(self, guard: Guard) -> Self:
+        """Return it checked with the event types that are known now."""
+        return self._replace(appends=[guard.check(append) for append in self.appends])
 
 
 #: One `WaitingAll`, or any number of `Waiting`.
@@ -117,6 +136,7 @@ class Lane:
         self,
         stream: Stream,
         connections: Connections,
+        guard: Guard,
         *,
         running: set[asyncio.Task[None]],
         appended: Callable[[Stream], None],
@@ -127,11 +147,13 @@ class Lane:
         Args:
             stream: the stream.
             connections: on which it appends.
+            guard: the stream's event types.
             running: where the lane's task stands while appends wait or are under way.
             appended: is told when new events were committed.
             gone: is told when the database says that the stream isn't active any more.
         """
         self.stream = stream
+        self.guard = guard
         self._connections = connections
         self._tasks = running
         self._told = appended
@@ -139,13 +161,19 @@ class Lane:
         self._running = False
         self._connection: StoreConnection | None = None  # the one used last
         self._waiting: collections.deque[Waiting | WaitingAll] = collections.deque()
-        self._append_name = f"refold_append_{stream.stream}".encode()
-        self._append = group_call.query(stream.schema, "append_group")
-        self._append_all_name = f"refold_append_all_{stream.stream}".encode()
-        self._append_all = group_call.query(stream.schema, "append_all")
+        self._append_as(0)
         label = f"{stream.namespace}/{stream.name}"
         self._appended = metrics.APPENDED.labels(label)
         self._replayed = metrics.REPLAYED.labels(label)
+
+    def _append_as(self, types_revision: int) -> None:
+        """Append from now on what was checked with this revision of the event types."""
+        self._revision = types_revision
+        number, schema = self.stream.stream, self.stream.schema
+        self._append_name = f"refold_append_{number}_{types_revision}".encode()
+        self._append = group_call.query(schema, "append_group", types_revision)
+        self._append_all_name = f"refold_append_all_{number}_{types_revision}".encode()
+        self._append_all = group_call.query(schema, "append_all", types_revision)
 
     def add(self, waiting: Waiting | WaitingAll) -> None:
         """Let an append wait for its transaction; they are applied in the order of these calls."""
@@ -194,9 +222,12 @@ class Lane:
     async def _settle(self, group: _Group) -> None:
         """Give each append of the group its outcome."""
         attempt = 0
-        careful = False
+        careful = stale = False
         while group:
             try:
+                group = await self._vet(group, stale=stale)
+                if not group:
+                    return
                 begin = time.perf_counter()
                 columns = await self._commit(group, careful=careful)
                 metrics.COMMIT.observe(time.perf_counter() - begin)
@@ -211,7 +242,8 @@ class Lane:
                 if isinstance(error, psycopg.errors.UniqueViolation) and not careful:
                     careful = True  # an id is known although the expected revision is right: look for ids first
                     continue
-                if state.startswith(_GUILTY):
+                stale = state == _UNCHECKED
+                if state.startswith(_GUILTY) and not stale:
                     if len(group) == 1:
                         self._fail(group, InvalidAppendError("events", f"PostgreSQL refused it: {error}"))
                         return
@@ -219,7 +251,8 @@ class Lane:
                     await self._settle(group[:middle])
                     group = group[middle:]
                     continue
-                if not isinstance(error, psycopg.OperationalError | OSError) and not state.startswith(_TRANSIENT):
+                passing = stale or isinstance(error, psycopg.OperationalError | OSError) or state.startswith(_TRANSIENT)
+                if not passing:
                     log.error("A group of appends failed unexpectedly", stream=self.stream.schema, exc_info=error)
                     self._fail(group, EventStoreError(f"PostgreSQL answered what was not foreseen ({state or error})"))
                     return
@@ -241,6 +274,33 @@ class Lane:
             else:
                 self._answer(group, columns)
                 return
+
+    async def _vet(self, group: _Group, *, stale: bool) -> _Group:
+        """Refuse what the stream's event types refuse; return the rest, checked with the latest that are known.
+
+        `stale` says that the types must be read before anything else.
+        """
+        guard = self.guard
+        if not (stale or guard.revision or self.stream.types_revision):
+            return group  # as far as is known the stream never had any
+        while True:
+            if stale or guard.broken or self.stream.types_revision > guard.revision:
+                await guard.read()
+            if self._revision != guard.revision:
+                self._append_as(guard.revision)
+            group = [waiting.checked(guard) for waiting in group]
+            refused = await guard.decide([append for waiting in group for append in waiting.parts()])
+            if refused is not None:
+                break
+            stale = True
+        left: list[Waiting | WaitingAll] = []
+        for waiting in group:
+            error = next((refused[id(part)] for part in waiting.parts() if id(part) in refused), None)
+            if error is None:
+                left.append(waiting)
+            else:
+                self._fail([waiting], error)
+        return left
 
     async def _commit(self, group: _Group, *, careful: bool) -> list[tuple[int, ...]]:
         """Run the group's transaction; return outcomes, revisions and positions."""

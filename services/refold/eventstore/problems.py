@@ -11,12 +11,14 @@ from refold.eventstore.errors import (
     EventStoreError,
     IdConflictError,
     InvalidAppendError,
+    InvalidDataError,
     NotInstalledError,
     OverloadedError,
     RevisionConflictError,
     TooLargeError,
     UnavailableError,
     UnknownStreamError,
+    UnknownTypeError,
 )
 from refold.web.problems import Problem
 
@@ -35,6 +37,13 @@ def from_error(error: EventStoreError) -> Problem:
             return Problem(409, "id-conflict", "Id conflict", detail, **_where(error))
         case TooLargeError():
             return Problem(413, "append-too-large", "Append too large", detail, field=error.field)
+        case UnknownTypeError():
+            return Problem(
+                422, "unknown-event-type", "Unknown event type", detail, field=error.field, types=error.types
+            )
+        case InvalidDataError():
+            errors = [{"pointer": pointer, "message": message} for pointer, message in error.errors]
+            return Problem(422, "invalid-data", "Invalid data", detail, field=error.field, errors=errors)
         case InvalidAppendError():
             return Problem(422, "invalid-append", "Invalid append", detail, field=error.field)
         case OverloadedError():

@@ -25,6 +25,7 @@ from refold.eventstore.errors import (
     UnavailableError,
     UnknownStreamError,
 )
+from refold.eventstore.guard import Guard
 from refold.eventstore.lane import AllAppended, AppendResult, Lane, Waiting, WaitingAll
 
 log = structlog.get_logger(__name__)
@@ -134,7 +135,8 @@ class EventStore:
 
         Raises:
             UnknownStreamError: there is no active stream of that name.
-            InvalidAppendError: a field isn't what it must be (TooLargeError: is over a limit).
+            InvalidAppendError: a field isn't what it must be (TooLargeError: is over a limit; UnknownTypeError,
+                InvalidDataError: the stream's event types refuse an event).
             RevisionConflictError: the subject isn't at the expected revision.
             IdConflictError: ids are known with other content.
             OverloadedError: too many appends wait.
@@ -165,12 +167,14 @@ class EventStore:
         """
         try:
             lane = self._known_lane(stream)
-            checked = appends.check(
-                subject,
-                events,
-                expected_revision=expected_revision,
-                partitions=lane.stream.partitions,
-                limits=self.limits,
+            checked = lane.guard.check(
+                appends.check(
+                    subject,
+                    events,
+                    expected_revision=expected_revision,
+                    partitions=lane.stream.partitions,
+                    limits=self.limits,
+                )
             )
             outcome: asyncio.Future[AppendResult] = self._admit(1, checked.size)
         except EventStoreError as error:
@@ -194,7 +198,7 @@ class EventStore:
         Raises:
             UnknownStreamError: there is no active stream of that name.
             InvalidAppendError: a field isn't what it must be, or a subject stands in two parts (TooLargeError: is over
-                a limit).
+                a limit; UnknownTypeError, InvalidDataError: the stream's event types refuse an event).
             RevisionConflictError: a subject isn't at the expected revision; `index` tells in which part.
             IdConflictError: ids of some part are known, and it isn't a retry of all the parts as they were.
             NotInstalledError: the stream's schema is of an earlier version and wasn't upgraded yet.
@@ -209,7 +213,10 @@ class EventStore:
                     f"stream {namespace}/{name} takes no atomic appends before the operator has upgraded its schema "
                     f"from migration {stream.migration} to {_APPEND_ALL_MIGRATION}"
                 )
-            checked = appends.check_all(parts, partitions=lane.stream.partitions, limits=self.limits)
+            checked = [
+                lane.guard.check(part)
+                for part in appends.check_all(parts, partitions=lane.stream.partitions, limits=self.limits)
+            ]
             outcome: asyncio.Future[AllAppended] = self._admit(len(checked), sum(part.size for part in checked))
         except EventStoreError as error:
             _count_refusal(error)
@@ -414,7 +421,12 @@ class EventStore:
             lane = self._lanes.get(key)
             if lane is None or lane.stream.stream != stream.stream:
                 self._lanes[key] = Lane(
-                    stream, self._write, running=self._running, appended=self._note_appended, gone=self._forget
+                    stream,
+                    self._write,
+                    Guard(stream, self._read),
+                    running=self._running,
+                    appended=self._note_appended,
+                    gone=self._forget,
                 )
             else:
                 lane.stream = stream
