@@ -41,8 +41,9 @@ class ApiServer:
         self._folder = Path(tempfile.mkdtemp(prefix="refold-kubernetes-"))
         self.port, client, peer = free_port(), free_port(), free_port()
         (self._folder / "tokens.csv").write_text(f"{TOKEN},admin,admin,system:masters\n")
-        key = self._folder / "sa.key"
+        self.key = key = self._folder / "sa.key"  # signs the tokens of ServiceAccounts
         subprocess.run(["openssl", "genrsa", "-out", key, "2048"], check=True, capture_output=True)
+        self.authority = self._folder / "certs" / "apiserver.crt"
         self.kubeconfig = self._folder / "kubeconfig"
         self.kubeconfig.write_text(
             yaml.safe_dump(
@@ -54,7 +55,7 @@ class ApiServer:
                             "name": "private",
                             "cluster": {
                                 "server": f"https://127.0.0.1:{self.port}",
-                                "certificate-authority": str(self._folder / "certs" / "apiserver.crt"),
+                                "certificate-authority": str(self.authority),
                             },
                         }
                     ],
