@@ -32,6 +32,10 @@ class InactiveStreamError(UnknownStreamError):
         super().__init__(f"stream {namespace}/{name} isn't active any more; is its EventStream Ready?")
 
 
+class OtherHistoryError(EventStoreError):
+    """A position or token is none of the stream's history as it is; a reader must begin anew."""
+
+
 class InvalidAppendError(EventStoreError):
     """An append that can never be accepted as it is; nothing of it was written.
 

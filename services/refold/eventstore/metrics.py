@@ -17,3 +17,7 @@ COMMIT = Histogram(
 )
 RETRIES = Counter("refold_group_retries", "Groups tried again since PostgreSQL was away or refused for a moment")
 WAITING = Gauge("refold_waiting_appends", "Appends that wait for a transaction or are in one")
+LIVE_READERS = Gauge("refold_live_readers", "Readers that watch events")
+LIVE_EVENTS = Counter("refold_live_events", "Events handed to readers that watch")
+LIVE_BEHIND = Counter("refold_live_behind", "Times that a live reader was too slow and went back to the history")
+LIVE_CUT = Counter("refold_live_cut", "Readers that were cut off since they didn't read for long")

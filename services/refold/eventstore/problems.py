@@ -13,6 +13,7 @@ from refold.eventstore.errors import (
     InvalidAppendError,
     InvalidDataError,
     NotInstalledError,
+    OtherHistoryError,
     OverloadedError,
     RevisionConflictError,
     TooLargeError,
@@ -46,6 +47,8 @@ def from_error(error: EventStoreError) -> Problem:
             return Problem(422, "invalid-data", "Invalid data", detail, field=error.field, errors=errors)
         case InvalidAppendError():
             return Problem(422, "invalid-append", "Invalid append", detail, field=error.field)
+        case OtherHistoryError():
+            return Problem(410, "other-history", "Another history", detail)
         case OverloadedError():
             return Problem(503, "overloaded", "Overloaded", detail, retry_after=1)
         case UnavailableError():

@@ -73,6 +73,11 @@ class Source:
             )
         return cls(stream, partition)
 
+    @property
+    def what(self) -> str:
+        """What it is the events of, for people."""
+        return f"partition {self.partition}" if self.subject is None else f"subject {self.subject!r}"
+
     def number(self, event: Event) -> int:
         """Return the event's number in this source."""
         return event.position if self.subject is None else event.revision

@@ -46,6 +46,7 @@ def make(settings: Settings) -> App:
         resource=asked_stream,
         ready=ready,
         lifespan=lifespan,
+        stop=lambda: api.store.end_watches(),
     )
 
 

@@ -13,7 +13,7 @@ import structlog
 
 from refold import names
 from refold.events import Event
-from refold.eventstore import appends, catalog, metrics, reads
+from refold.eventstore import appends, catalog, live, metrics, reads
 from refold.eventstore.appends import ExpectedRevision, Limits, NewEvent, SubjectAppend
 from refold.eventstore.catalog import Stream
 from refold.eventstore.connections import Connections
@@ -27,12 +27,15 @@ from refold.eventstore.errors import (
 )
 from refold.eventstore.guard import Guard
 from refold.eventstore.lane import AllAppended, AppendResult, Lane, Waiting, WaitingAll
+from refold.eventstore.live import After, Live, LiveEvent, Reader
 
 log = structlog.get_logger(__name__)
 
 #: Appends and bytes that may wait in one process; beyond, appends are refused at once.
 MAX_WAITING = 10_000
 MAX_WAITING_BYTES = 128 * 1024 * 1024
+#: How many may watch at once in one process, by default.
+LIVE_READERS = 1000
 #: Seconds between two looks at the catalog, and the least between two that unknown names ask for.
 REFRESH = 5.0
 REFRESH_ON_MISS = 0.25
@@ -48,11 +51,20 @@ class EventStore:
     Get one by `await EventStore.open(dsn)`; it is an async context manager. All methods may be called concurrently.
     """
 
-    def __init__(self, dsn: str, *, limits: Limits, write_connections: int = 8, read_connections: int = 4) -> None:
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        limits: Limits,
+        write_connections: int = 8,
+        read_connections: int = 4,
+        live_readers: int = LIVE_READERS,
+    ) -> None:
         self.limits = limits
         self._write = Connections(dsn, size=write_connections, application="refold-eventstore-append")
         self._read = Connections(dsn, size=read_connections, application="refold-eventstore-read")
         self._control = Connections(dsn, size=2, application="refold-eventstore")
+        self._live = Live(dsn, history=self._read, control=self._control, most=live_readers)
         self._lanes: dict[tuple[str, str], Lane] = {}
         self._refreshed = -REFRESH
         self._refused: str | None = None
@@ -68,16 +80,33 @@ class EventStore:
 
     @classmethod
     async def open(
-        cls, dsn: str, *, limits: Limits | None = None, write_connections: int = 8, read_connections: int = 4
+        cls,
+        dsn: str,
+        *,
+        limits: Limits | None = None,
+        write_connections: int = 8,
+        read_connections: int = 4,
+        live_readers: int = LIVE_READERS,
     ) -> Self:
         """Return a store that is connected to the database of `dsn` as the store's service role.
+
+        Args:
+            dsn: of the database.
+            limits: of appends.
+            write_connections: at most, for appends.
+            read_connections: at most, for reads; those that watch share them too.
+            live_readers: how many may watch at once.
 
         Raises:
             NotInstalledError: the database holds no store.
             UnavailableError: the database can't be reached.
         """
         store = cls(
-            dsn, limits=limits or Limits(), write_connections=write_connections, read_connections=read_connections
+            dsn,
+            limits=limits or Limits(),
+            write_connections=write_connections,
+            read_connections=read_connections,
+            live_readers=live_readers,
         )
         try:
             await store._refresh()
@@ -100,6 +129,7 @@ class EventStore:
     async def close(self) -> None:
         """Finish the appends that wait, refuse new ones, and close the connections."""
         self._closing = True
+        await self._live.close()
         if self._running:
             await asyncio.wait(self._running)
         for task in self._tasks:
@@ -349,6 +379,62 @@ class EventStore:
             for event in page:
                 yield event
 
+    async def watch_subject(
+        self, namespace: str, name: str, subject: str, *, after: After = 0
+    ) -> AsyncIterator[LiveEvent]:
+        """Yield the subject's events after `after`, in order, and then each as it is appended, by whomever.
+
+        Nothing is left out or given twice. The end comes when the store is closed. Whoever leaves the loop early
+        closes the iterator (`contextlib.aclosing`).
+
+        Args:
+            namespace: the stream's namespace.
+            name: the stream's name.
+            subject: whose events.
+            after: a revision (0: from the beginning), "now", or the token of an event or an append, to go on after it.
+
+        Raises:
+            UnknownStreamError: there is no active stream of that name, or it was dropped while it was watched.
+            InvalidAppendError: the subject can't be one.
+            OtherHistoryError: `after` is none of this history's; the stream was made again, or the store restored.
+            tokens.InvalidTokenError: `after` can't be understood.
+            OverloadedError: too many are watching.
+            UnavailableError: PostgreSQL can't be reached.
+        """
+        async for one in live.events(await self.watch(namespace, name, after, subject=subject)):
+            yield one
+
+    async def watch_partition(
+        self, namespace: str, name: str, partition: int, *, after: After = 0
+    ) -> AsyncIterator[LiveEvent]:
+        """Yield the partition's events after a position, and as they are appended; see `watch_subject`."""
+        async for one in live.events(await self.watch(namespace, name, after, partition=partition)):
+            yield one
+
+    async def watch_stream(self, namespace: str, name: str, *, after: After = 0) -> AsyncIterator[LiveEvent]:
+        """Yield all the stream's events, each partition's in order, and as they are appended; see `watch_subject`.
+
+        `after` is 0, "now" or a token; in partitions that a token doesn't name it begins at the beginning.
+        """
+        async for one in live.events(await self.watch(namespace, name, after)):
+            yield one
+
+    async def watch(
+        self, namespace: str, name: str, after: After, *, subject: str | None = None, partition: int | None = None
+    ) -> Reader:
+        """Return a live reader of a subject, a partition or the whole stream, to be closed; see `watch_subject`."""
+        lane = await self._lane(namespace, name)
+        try:
+            return await self._live.open(lane.stream, after, subject=subject, partition=partition)
+        except InactiveStreamError:
+            self._forget(lane)
+        stream = await self.stream(namespace, name)
+        return await self._live.open(stream, after, subject=subject, partition=partition)
+
+    def end_watches(self) -> None:
+        """Let all that watch come to their end, and take no new ones; for a stop that is near."""
+        self._live.end()
+
     async def _pages(
         self, namespace: str, name: str, read: Callable[[Stream], AsyncIterator[list[Event]]]
     ) -> AsyncIterator[list[Event]]:
@@ -450,6 +536,7 @@ class EventStore:
         """Note that `stream` has new events, committed now."""
         self._appended.add(stream.stream)
         self._appended_some.set()
+        self._live.wake(stream.stream)
 
     async def _notify_for_ever(self) -> None:
         """Tell listeners of appends, after commit and on another connection.

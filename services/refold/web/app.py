@@ -54,6 +54,7 @@ class App:
         kind: what rights are given on, `EVENTS` or `ROWS` of `auth.access`.
         ready: returns None where the service can do its work now, else what it lacks; asked by `/readyz`.
         lifespan: entered before the first request is accepted, left after the last was answered; given this App.
+        stop: called when the service is to stop, before what is under way is waited for: ends answers without an end.
     """
 
     def __init__(
@@ -66,8 +67,10 @@ class App:
         resource: Callable[[Request], tuple[str, str]],
         ready: Callable[[], Awaitable[str | None]],
         lifespan: Lifespan["App"] | None = None,
+        stop: Callable[[], None] = lambda: None,
     ) -> None:
         self._authority = authority
+        self.stop = stop
         self._ready = ready
         self._timers: dict[tuple[str, str, int], Histogram] = {}  # finding a labelled child costs more than observing
         description = openapi.document(title, operations, kind)

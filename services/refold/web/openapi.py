@@ -22,6 +22,7 @@ _TITLES = {
     f"token or `kubectl create token NAME --audience {AUDIENCE}`",
     404: "Not found",
     409: "In conflict with what is there",
+    410: "Not there any more",
     413: "Too large",
     415: "The body's media type isn't served",
     422: "Understood, but not acceptable",

@@ -35,7 +35,8 @@ def listen(port: int, host: str = "") -> socket.socket:
 
 def make(app: App) -> uvicorn.Server:
     """Return a uvicorn server for `app`, to be run with `run`, or in a test with `await serve(sockets=[listen(0)])`."""
-    return uvicorn.Server(
+    return _Server(
+        app,
         uvicorn.Config(
             app,
             loop="uvloop",
@@ -49,7 +50,7 @@ def make(app: App) -> uvicorn.Server:
             backlog=2048,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=GRACE_SECONDS,
-        )
+        ),
     )
 
 
@@ -70,6 +71,18 @@ def run(app: App, port: int) -> None:
 
 def _done(_signal: int, _frame: FrameType | None) -> None:
     """Do nothing: the graceful stop is over."""
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which tells the application of a stop before it waits for what is under way."""
+
+    def __init__(self, app: App, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._app = app
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app.stop()
+        await super().shutdown(sockets)
 
 
 class _Protocol(HttpToolsProtocol):
@@ -94,6 +107,7 @@ class _Protocol(HttpToolsProtocol):
         self._in_head = True
         self._head_bytes = 0
         super().on_message_begin()
+        self.scope["state"]["transport"] = self.transport  # for answers without an end, which may have to be cut
 
     def on_headers_complete(self) -> None:
         self._in_head = False
