@@ -294,6 +294,9 @@ def test_the_description_names_every_path(api: Served) -> None:
         "/v1/streams/{namespace}/{name}/events",
         "/v1/streams/{namespace}/{name}/transactions",
         "/v1/streams/{namespace}/{name}/partitions/{partition}/events",
+        "/v1/streams/{namespace}/{name}/subjects/{subject}/events:watch",
+        "/v1/streams/{namespace}/{name}/partitions/{partition}/events:watch",
+        "/v1/streams/{namespace}/{name}/events:watch",
     }
 
 

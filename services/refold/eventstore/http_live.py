@@ -38,6 +38,7 @@ class LiveApi:
                 "GET",
                 STREAM + "/subjects/{subject}/events:watch",
                 self.watch_subject,
+                verb="watch",
                 summary="A subject's events, and those that come, as server-sent events",
                 parameters=[NAMESPACE, NAME, SUBJECT, _after("a revision"), _LAST],
                 answer=answer,
@@ -47,6 +48,7 @@ class LiveApi:
                 "GET",
                 STREAM + "/partitions/{partition}/events:watch",
                 self.watch_partition,
+                verb="watch",
                 summary="A partition's events, and those that come, as server-sent events",
                 parameters=[NAMESPACE, NAME, PARTITION, _after("a position"), _LAST],
                 answer=answer,
@@ -56,7 +58,8 @@ class LiveApi:
                 "GET",
                 STREAM + "/events:watch",
                 self.watch_stream,
-                summary="All events of a stream, and those that come, as server-sent events; in order in each partition",
+                verb="watch",
+                summary="All events of a stream, and those that come, as server-sent events",
                 parameters=[NAMESPACE, NAME, _after("0"), _LAST],
                 answer=answer,
                 problems=[404, 410],
@@ -83,7 +86,9 @@ class LiveApi:
         except EventStoreError as error:
             raise from_error(error) from error
         except tokens.InvalidTokenError as error:
-            raise Problem(400, "invalid-token", "Invalid token", f"{where} can't be used: {error}", field=where) from error
+            raise Problem(
+                400, "invalid-token", "Invalid token", f"{where} can't be used: {error}", field=where
+            ) from error
         if request.method == "HEAD":
             reader.close()
             return Response(media_type=event_stream.MEDIA_TYPE)
@@ -94,7 +99,7 @@ def _after(number: str) -> Parameter:
     return Parameter(
         name="after",
         where="query",
-        description=f"Where to begin: after {number} (default 0, the beginning), `now`, or an append's token or event's id",
+        description=f"Begin after {number} (default 0, the beginning), `now`, an append's token or an event's id",
     )
 
 

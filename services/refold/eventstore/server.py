@@ -4,9 +4,10 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from refold import logs
+from refold.eventstore import http_asked
 from refold.eventstore.appends import Limits
 from refold.eventstore.errors import EventStoreError
-from refold.eventstore.http import Api, asked_stream
+from refold.eventstore.http import Api
 from refold.eventstore.settings import Settings
 from refold.eventstore.store import EventStore
 from refold.web import server
@@ -31,7 +32,7 @@ def make(settings: Settings) -> App:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: App) -> AsyncIterator[None]:
-        api.store = EventStore(settings.store_dsn.get_secret_value(), limits=limits)
+        api.store = EventStore(settings.store_dsn.get_secret_value(), limits=limits, live_readers=settings.live_readers)
         api.store.start()
         try:
             yield
@@ -43,7 +44,7 @@ def make(settings: Settings) -> App:
         api.operations(),
         authority=authority(settings.auth),
         kind=EVENTS,
-        resource=asked_stream,
+        resource=http_asked.stream,
         ready=ready,
         lifespan=lifespan,
         stop=lambda: api.store.end_watches(),
