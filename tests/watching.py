@@ -49,7 +49,7 @@ class Watcher:
             answer.raise_for_status()
             assert answer.headers["content-type"].split(";")[0] == "text/event-stream"
             kind, data, last = "", "", self.last_id
-            async for line in answer.aiter_lines():
+            async for line in answer.aiter_lines():  # which also ends lines at U+2028: nothing told holds any
                 name, _, value = line.partition(":")
                 value = value.removeprefix(" ")
                 if not line:

@@ -116,6 +116,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "kafka.replicas": (3, EXTERNAL),
     "operator.resources": (RESOURCES, EMBEDDED),
     "eventstore.replicas": (1, EMBEDDED),
+    "eventstore.liveReaders": (50, EMBEDDED),
     "eventstore.resources": (RESOURCES, EMBEDDED),
     "eventstore.service.type": ("NodePort", EMBEDDED),
     "eventstore.service.nodePort": (30080, merged(EMBEDDED, at("eventstore.service.type", "NodePort"))),
@@ -202,6 +203,7 @@ def test_an_unknown_value_is_refused(parent: str) -> None:
     [
         ("eventstore.replicas", 0),
         ("eventstore.replicas", "2"),
+        ("eventstore.liveReaders", -1),
         ("relay.shards", 0),
         ("image.pullPolicy", "Sometimes"),
         ("image.tag", "a b"),

@@ -37,6 +37,7 @@ PATIENCE = 60.0
 _LAST_PATIENCE = 2.0
 #: Seconds after which an answer is ended, at most; at least three quarters of it.
 LIFETIME = 600.0
+_ENDS_OF_LINE = {b"\xc2\x85": b"\\u0085", b"\xe2\x80\xa8": b"\\u2028", b"\xe2\x80\xa9": b"\\u2029"}
 #: Bytes that are written at once.
 _PIECE = 64 * 1024
 
@@ -112,10 +113,15 @@ class EventStream(Response):
             yield b"".join(blocks)
 
     def _block(self, one: LiveEvent) -> bytes:
-        kind = one.event.type.encode()
+        # Lines end in CR or LF here, which JSON escapes; many clients end them at Unicode's other ends of line too.
+        data = self._encoder.encode(one.event)
+        if not data.isascii():
+            for character, escaped in _ENDS_OF_LINE.items():
+                data = data.replace(character, escaped)
         # A type with an end of line can't be told in this format; it stands in the data.
-        name = b"" if b"\n" in kind or b"\r" in kind else b"event: %s\n" % kind
-        return b"id: %s\n%sdata: %s\n\n" % (one.token.encode(), name, self._encoder.encode(one.event))
+        kind = one.event.type
+        name = b"" if kind.splitlines() != [kind] else b"event: %s\n" % kind.encode()
+        return b"id: %s\n%sdata: %s\n\n" % (one.token.encode(), name, data)
 
 
 def _lose_sooner(transport: asyncio.Transport) -> None:

@@ -38,7 +38,7 @@ After = int | str
 POLL = 1.0
 #: Seconds between two looks, so that what is appended meanwhile is read at once.
 _GAP = 0.005
-#: Events, and bytes of their data and metadata, that wait for one reader or are read at once for one that is behind.
+#: A page: events, and bytes of them, that are read at once, and that may wait for one reader.
 WAITING_EVENTS = 250
 WAITING_BYTES = 256 * 1024
 #: Seconds that the connection that listens is kept after the last reader left.
@@ -81,7 +81,7 @@ class _Tail:
         """Read and offer the events up to `head`."""
         while self.position < head:
             page = await self.source.page(
-                connections, self.position + 1, head, events=reads.PAGE_EVENTS, size=reads.PAGE_BYTES
+                connections, self.position + 1, head, events=WAITING_EVENTS, size=WAITING_BYTES
             )
             if not page:
                 return

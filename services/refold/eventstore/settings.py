@@ -24,5 +24,5 @@ class Settings(BaseSettings):
     event_bytes: Annotated[int, Field(ge=1024, le=64 * 1024 * 1024)] = 512 * 1024
     #: The most bytes of one append's data and metadata; its body, or its line of a bulk, may have twice as many.
     append_bytes: Annotated[int, Field(ge=1024, le=256 * 1024 * 1024)] = 4 * 1024 * 1024
-    #: How many callers may watch events at once; each may hold a page of them (about 256 KiB) if it reads slowly.
+    #: How many callers may watch events at once; one that reads slowly holds up to 512 KiB of them.
     live_readers: Annotated[int, Field(ge=0, le=100_000)] = 1000
