@@ -29,6 +29,7 @@ COMPONENT_LABEL = "app.kubernetes.io/component"
 
 PORT = 8080
 _SECRET_HASH = "refold.dev/secret-hash"  # noqa: S105 - an annotation's name
+_ACCOUNT = "refold.dev/account"
 _WISH = "refold.dev/wish"
 _USER = 65532
 # SIGTERM lets a process finish what it acknowledged: 25 s in refold.web.server, some more for what comes before it.
@@ -96,8 +97,8 @@ def projector(
     )  # fmt: skip
 
 
-def query(owner: Projection, *, image: Image, secret: Manifest) -> Manifest:
-    """Return the query service's Deployment."""
+def query(owner: Projection, *, image: Image, secret: Manifest, account: Mapping[str, Any]) -> Manifest:
+    """Return the query service's Deployment; `account` is its ServiceAccount as it is in the cluster."""
     env = [
         {"name": "REFOLD_PROJECTION", "value": f"{owner.metadata.namespace}/{owner.metadata.name}"},
         _from_secret("REFOLD_READSTORE_DSN", secret, "readstore-dsn"),
@@ -106,7 +107,7 @@ def query(owner: Projection, *, image: Image, secret: Manifest) -> Manifest:
     return _deployment(
         owner, names.query_name(owner.metadata.name), "query", _labels(owner, "query"),
         processes=owner.spec.query, image=image, env=env, secret=secret,
-        account=names.query_name(owner.metadata.name),
+        account=account,
     )  # fmt: skip
 
 
@@ -235,11 +236,17 @@ def _deployment(
     image: Image,
     env: list[Manifest],
     secret: Manifest,
-    account: str | None = None,
+    account: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Return a Deployment; with an `account` its pods get that ServiceAccount's token."""
-    # Other credentials are another pod template, so that pods which have the former ones are replaced.
+    # Other credentials are another pod template, so that pods which have the former ones are replaced. The token of a
+    # ServiceAccount is worth nothing once that is deleted, though one of the same name may be there.
     digest = hashlib.sha256(repr(sorted(secret["data"].items())).encode()).hexdigest()[:16]
+    annotations = {_SECRET_HASH: digest}
+    identity: Manifest = {"automountServiceAccountToken": account is not None}
+    if account is not None:
+        annotations[_ACCOUNT] = account["metadata"]["uid"]
+        identity["serviceAccountName"] = account["metadata"]["name"]
     container = {
         "name": command,
         "image": image.name,
@@ -267,10 +274,9 @@ def _deployment(
             "revisionHistoryLimit": 2,
             "selector": {"matchLabels": _selector(labels)},
             "template": {
-                "metadata": {"labels": dict(labels), "annotations": {_SECRET_HASH: digest}},
+                "metadata": {"labels": dict(labels), "annotations": annotations},
                 "spec": {
-                    "automountServiceAccountToken": account is not None,
-                    **({} if account is None else {"serviceAccountName": account}),
+                    **identity,
                     "enableServiceLinks": False,
                     "terminationGracePeriodSeconds": _GRACE_SECONDS,
                     "securityContext": {

@@ -233,12 +233,7 @@ async def _apply(
     with _store_errors():
         store_dsn = await around.store.projector_login(role, credentials.password(around.key, role), readable)
     query_secret = children.query_secret(projection, readstore_dsn=logins.query)
-    wanted = [
-        children.query_account(projection),
-        query_secret,
-        children.query_service(projection),
-        children.query(projection, image=around.image, secret=query_secret),
-    ]
+    wanted = [query_secret, children.query_service(projection)]
     for version in sorted(versions):
         secret = children.projector_secret(projection, version, store_dsn=store_dsn, readstore_dsn=logins.projector)
         deployment = children.projector(
@@ -251,11 +246,19 @@ async def _apply(
             for kind in ("ServiceAccount", "Secret", "Service", "Deployment")
             for child in await around.cluster.list(kind, namespace, selector=_children_of(projection))
         }
-        for manifest in map(children.stamped, wanted):
+
+        async def ensure(manifest: Object) -> Object:
+            manifest = children.stamped(manifest)
             identity = (manifest["kind"], manifest["metadata"]["name"])
             known = there.get(identity)
             if known is None or not cluster.covers(known, manifest):
                 there[identity] = await _apply_one(projection, around, manifest, known, found)
+            return there[identity]
+
+        account = await ensure(children.query_account(projection))
+        wanted.append(children.query(projection, image=around.image, secret=query_secret, account=account))
+        for manifest in wanted:
+            await ensure(manifest)
         # Only now: an account of this name that isn't the Projection's would have been refused.
         await around.delegation.give(Account(namespace, names.query_name(name)))
     return {child_name: child for (kind, child_name), child in there.items() if kind == "Deployment"}

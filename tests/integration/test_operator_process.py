@@ -349,6 +349,16 @@ def test_query_services_and_nobody_else_may_ask_about_their_callers(api: ApiServ
 
     api.kubectl("delete", "serviceaccount", "status-query", "-n", namespace)
     until(lambda: "status-query" in names(api, "serviceaccounts", namespace))
+    # The pods' tokens are those of the account that is gone, so they are replaced.
+    uid = api.get("serviceaccount", "status-query", "-n", namespace)["metadata"]["uid"]
+    until(
+        lambda: (
+            api.get("deployment", "status-query", "-n", namespace)["spec"]["template"]["metadata"]["annotations"][
+                "refold.dev/account"
+            ]
+            == uid
+        )
+    )
     api.kubectl("delete", "projection", "other", "-n", namespace)
     assert ours & delegates(api) == {(namespace, "status-query")}
     until(lambda: names(api, "serviceaccounts", namespace) == {"status-query"})

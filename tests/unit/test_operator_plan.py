@@ -173,7 +173,8 @@ def projector(resource: resources.Projection, *, store_dsn: str = "host=a") -> c
 
 def query(resource: resources.Projection) -> children.Manifest:
     secret = children.query_secret(resource, readstore_dsn="host=b")
-    return children.query(resource, image=IMAGE, secret=secret)
+    account = {"metadata": {"name": "status-query", "uid": "u-1"}}
+    return children.query(resource, image=IMAGE, secret=secret, account=account)
 
 
 class TestManifests:
