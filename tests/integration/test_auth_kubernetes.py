@@ -213,6 +213,27 @@ async def test_a_herd_of_requests_makes_two_reviews(api: ApiServer, served: Serv
     }  # fmt: skip
 
 
+async def test_a_flood_of_unknown_tokens_reaches_the_api_server_in_small_portions_and_holds_up_nobody_who_is_known(
+    api: ApiServer, served: Served
+) -> None:
+    token = await asyncio.to_thread(Account(api, "get", "watch").token)
+    known = {"authorization": f"Bearer {token}"}
+    limits = httpx.Limits(max_connections=400)
+    async with httpx.AsyncClient(base_url=served.url, trust_env=False, timeout=30, limits=limits) as client:
+        assert (await client.get("/get/shop/orders", headers=known)).status_code == 200
+        junk = [
+            asyncio.ensure_future(client.get("/get/shop/orders", headers={"authorization": f"Bearer junk-{number}"}))
+            for number in range(300)
+        ]
+        await asyncio.wait(junk, return_when=asyncio.FIRST_COMPLETED)
+        assert (await client.get("/get/shop/orders", headers=known)).status_code == 200
+        assert (await client.get("/watch/shop/orders", headers=known)).status_code == 200, "a right not asked for yet"
+        overtaken = sum(not one.done() for one in junk)
+        answers = await asyncio.gather(*junk)
+    assert overtaken > 0
+    assert {answer.status_code for answer in answers} == {401}
+
+
 def reviewed() -> dict[str, float]:
     (family,) = reviews._REVIEWS.collect()
     counts = [one for one in family.samples if one.name.endswith("_count") and one.labels["outcome"] == "answered"]

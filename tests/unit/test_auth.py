@@ -72,7 +72,7 @@ class Source:
 
 async def test_an_answer_is_kept_for_its_time_and_then_asked_for_again() -> None:
     clock, source = Clock(), Source(seconds=10)
-    kept: Expiring[str, int] = Expiring(5, clock=clock)
+    kept: Expiring[str, int] = Expiring(5, 100, clock=clock)
     assert [await kept.get("a", source) for _ in range(3)] == [1, 1, 1]
     clock.now += 9.9
     assert await kept.get("a", source) == 1
@@ -83,7 +83,7 @@ async def test_an_answer_is_kept_for_its_time_and_then_asked_for_again() -> None
 async def test_an_answer_is_as_old_as_its_question() -> None:
     clock, source = Clock(), Source(seconds=10)
     source.go.clear()
-    kept: Expiring[str, int] = Expiring(5, clock=clock)
+    kept: Expiring[str, int] = Expiring(5, 100, clock=clock)
     waiting = asyncio.ensure_future(kept.get("a", source))
     await asyncio.sleep(0)
     clock.now += 11  # a slow answer
@@ -94,7 +94,7 @@ async def test_an_answer_is_as_old_as_its_question() -> None:
 
 async def test_an_answer_without_time_serves_those_who_wait_for_it_only() -> None:
     source = Source(seconds=0)
-    kept: Expiring[str, int] = Expiring(5)
+    kept: Expiring[str, int] = Expiring(5, 100)
     assert [await kept.get("a", source) for _ in range(2)] == [1, 2]
     assert len(kept) == 0
 
@@ -102,7 +102,7 @@ async def test_an_answer_without_time_serves_those_who_wait_for_it_only() -> Non
 async def test_a_herd_asks_once_and_one_that_gives_up_takes_the_answer_from_nobody() -> None:
     source = Source()
     source.go.clear()
-    kept: Expiring[str, int] = Expiring(5)
+    kept: Expiring[str, int] = Expiring(5, 100)
     herd = [asyncio.ensure_future(kept.get("a", source)) for _ in range(100)]
     await asyncio.sleep(0)
     herd[0].cancel()
@@ -118,7 +118,7 @@ async def test_a_failure_reaches_all_who_wait_and_is_not_kept() -> None:
     source = Source()
     source.go.clear()
     source.fails = True
-    kept: Expiring[str, int] = Expiring(5)
+    kept: Expiring[str, int] = Expiring(5, 100)
     herd = [asyncio.ensure_future(kept.get("a", source)) for _ in range(10)]
     await asyncio.sleep(0)
     source.go.set()
@@ -130,7 +130,7 @@ async def test_a_failure_reaches_all_who_wait_and_is_not_kept() -> None:
 
 async def test_memory_is_bounded_and_the_oldest_goes_first() -> None:
     source = Source()
-    kept: Expiring[int, int] = Expiring(5)
+    kept: Expiring[int, int] = Expiring(5, 100)
     for key in range(20):
         await kept.get(key, source)
     assert len(kept) == 5
@@ -140,7 +140,7 @@ async def test_memory_is_bounded_and_the_oldest_goes_first() -> None:
 
 async def test_a_flood_of_bad_answers_pushes_no_good_one_out() -> None:
     good, bad = Source(), Source(good=False)
-    kept: Expiring[str, int] = Expiring(5)
+    kept: Expiring[str, int] = Expiring(5, 100)
     assert await kept.get("a", good) == 1
     for number in range(50):
         await kept.get(f"junk-{number}", bad)
@@ -150,7 +150,7 @@ async def test_a_flood_of_bad_answers_pushes_no_good_one_out() -> None:
 
 async def test_what_has_expired_is_dropped_when_something_new_comes() -> None:
     clock, source = Clock(), Source(seconds=10)
-    kept: Expiring[int, int] = Expiring(100, clock=clock)
+    kept: Expiring[int, int] = Expiring(100, 100, clock=clock)
     for key in range(50):
         await kept.get(key, source)
     clock.now += 11
@@ -158,10 +158,10 @@ async def test_what_has_expired_is_dropped_when_something_new_comes() -> None:
     assert len(kept) == 1
 
 
-async def test_no_more_are_asked_for_at_a_time_than_are_kept() -> None:
+async def test_no_more_are_asked_for_at_a_time_than_are_allowed() -> None:
     source = Source()
     source.go.clear()
-    kept: Expiring[int, int] = Expiring(3)
+    kept: Expiring[int, int] = Expiring(100, 3)
     waiting = [asyncio.ensure_future(kept.get(key, source)) for key in range(3)]
     await asyncio.sleep(0)
     with pytest.raises(OverflowError):

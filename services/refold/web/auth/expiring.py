@@ -28,13 +28,14 @@ class Expiring(Generic[K, V]):
     """A cache of answers.
 
     Args:
-        most: how many good answers are kept, how many others, and how many may be asked for at a time. Where there is
-            no room the oldest goes.
+        most: how many good answers are kept, and how many others. Where there is no room the oldest goes.
+        asked: how many may be asked for at a time.
         clock: seconds that never go back.
     """
 
-    def __init__(self, most: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, most: int, asked: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._most = most
+        self._most_asked = asked
         self._clock = clock
         self._good: dict[K, tuple[V, float]] = {}
         self._others: dict[K, tuple[V, float]] = {}
@@ -50,7 +51,7 @@ class Expiring(Generic[K, V]):
         for it, and not kept.
 
         Raises:
-            OverflowError: `most` answers are being asked for already.
+            OverflowError: as many answers as may be are being asked for already.
         """
         now = self._clock()
         kept = self._good.get(key) or self._others.get(key)
@@ -58,7 +59,7 @@ class Expiring(Generic[K, V]):
             return kept[0]
         asked = self._asked.get(key)
         if asked is None:
-            if len(self._asked) >= self._most:
+            if len(self._asked) >= self._most_asked:
                 raise OverflowError
             # Nothing is awaited between the look-up and here, so there is one for a key.
             asked = self._asked[key] = asyncio.ensure_future(self._ask(key, ask, now))

@@ -38,6 +38,8 @@ YES_SECONDS = 30.0
 NO_SECONDS = 10.0
 #: Tokens, and decisions, that are remembered; each takes one to two KB.
 MOST = 10_000
+#: Tokens, and decisions, that may wait for the API server; beyond, the answer is 503 at once.
+MOST_ASKED = 1_000
 #: The longest token that is asked for.
 _TOKEN_BYTES = 16 * 1024
 
@@ -74,8 +76,8 @@ class Kubernetes:
     def __init__(self, reviews: Reviews) -> None:
         self._reviews = reviews
         #: By SHA-256 of the token; None: nobody's.
-        self._callers: Expiring[bytes, _Caller | None] = Expiring(MOST)
-        self._decisions: Expiring[tuple[User, Access], bool] = Expiring(MOST)
+        self._callers: Expiring[bytes, _Caller | None] = Expiring(MOST, MOST_ASKED)
+        self._decisions: Expiring[tuple[User, Access], bool] = Expiring(MOST, MOST_ASKED)
 
     async def __aenter__(self) -> "Kubernetes":
         return self
@@ -155,7 +157,7 @@ def _why_not(token: bytes, audience: str | None) -> str:
         return f"the bearer token has expired; {remedy}, or read a mounted one from its file for each request"
     made_for = [claims.aud] if isinstance(claims.aud, str) else claims.aud
     if audience is not None and any(made_for) and audience not in made_for:
-        return f"the bearer token is for the audience {', '.join(made_for)}, not for {audience}; {remedy}"
+        return f"the bearer token is for the audience {', '.join(made_for)[:200]}, not for {audience}; {remedy}"
     if audience is None and AUDIENCE in made_for:
         return (
             f"the bearer token is for the audience {AUDIENCE}; {METRICS} takes those for the Kubernetes API: {remedy}"

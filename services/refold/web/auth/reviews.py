@@ -4,6 +4,7 @@ Plain HTTP with the pod's service account; the models of the `kubernetes` packag
 second at its start.
 """
 
+import asyncio
 import os
 import ssl
 import time
@@ -20,9 +21,11 @@ from refold.web.auth.access import GROUP, Access, PathAccess
 
 #: Where Kubernetes mounts a pod's service account: `token` and `ca.crt`.
 MOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-#: Seconds for a whole answer, waiting for a connection included.
+#: Seconds for each step of an answer: to connect, to send, to wait for each part.
 _TIMEOUT_SECONDS = 5.0
-_CONNECTIONS = 16
+#: Questions of a kind that are asked at a time, each on a connection of its own: a flood of unknown tokens is held here
+#: and not in the API server, and holds up no question about a known caller's rights.
+AT_A_TIME = 8
 #: Seconds without a question after one wasn't answered, so that an outage costs a caller no time.
 PAUSE_SECONDS = 1.0
 
@@ -113,6 +116,7 @@ class Reviews:
         self._mount = mount
         self._client: httpx.AsyncClient | None = None
         self._trusted = 0  # modification time of ca.crt that the client was made with
+        self._turns = {kind: asyncio.Semaphore(AT_A_TIME) for kind in ("TokenReview", "SubjectAccessReview")}
         self._pause_until = 0.0
         self._failed = ""
 
@@ -184,6 +188,10 @@ class Reviews:
         return answer.status.allowed
 
     async def _ask(self, group: str, kind: str, spec: dict[str, Any], type_: type[_S]) -> _S:
+        async with self._turns[kind]:
+            return await self._ask_now(group, kind, spec, type_)
+
+    async def _ask_now(self, group: str, kind: str, spec: dict[str, Any], type_: type[_S]) -> _S:
         if time.monotonic() < self._pause_until:
             raise UnavailableError(self._failed)
         path = f"/apis/{group}/v1/{kind.lower()}s"
@@ -238,7 +246,7 @@ class Reviews:
                 base_url=self._url,
                 verify=ssl.create_default_context(cafile=authority),
                 timeout=_TIMEOUT_SECONDS,
-                limits=httpx.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=_CONNECTIONS),
+                limits=httpx.Limits(max_connections=2 * AT_A_TIME, max_keepalive_connections=2 * AT_A_TIME),
                 headers={"content-type": "application/json", "accept": "application/json"},
                 trust_env=False,
             )
