@@ -66,7 +66,11 @@ class Controller:
         if key.kind == "EventStream":
             stream = resources.event_stream(body)
             result = await eventstream.reconcile(
-                stream, store=self._store, kafka=self._kafka, default_replicas=self._settings.topic_replicas
+                stream,
+                store=self._store,
+                kafka=self._kafka,
+                default_replicas=self._settings.topic_replicas,
+                event_bytes=self._settings.event_bytes,
             )
         else:
             reader = resources.projection(body)

@@ -13,6 +13,7 @@ import psycopg
 import structlog
 from confluent_kafka import KafkaException
 from refold import names
+from refold.eventstore import records
 from refold.eventstore.appends import MAX_TYPE_BYTES, check_text
 from refold.eventstore.catalog import Stream
 from refold.eventstore.errors import ConflictError, EventStoreError, InvalidAppendError, NotInstalledError
@@ -37,6 +38,8 @@ CONFIGURABLE = frozenset(
         "segment.bytes", "segment.jitter.ms", "segment.ms",
     }
 )  # fmt: skip
+_MESSAGE_BYTES = "max.message.bytes"
+_KAFKAS_MESSAGE_BYTES = 1024 * 1024 + 12  # Kafka's own default
 # Always set, whatever the brokers' defaults are: compaction would drop events.
 _FIXED = {"cleanup.policy": "delete"}
 
@@ -76,7 +79,13 @@ class Keep:
 
 
 def plan_topic(
-    stream: EventStream, *, topic: Topic | None, claim: Stream | None, kafka_cluster: str, default_replicas: int
+    stream: EventStream,
+    *,
+    topic: Topic | None,
+    claim: Stream | None,
+    kafka_cluster: str,
+    default_replicas: int,
+    event_bytes: int,
 ) -> Refuse | Create | Keep:
     """Decide what to do about the topic.
 
@@ -86,9 +95,18 @@ def plan_topic(
         claim: the catalog's entry of the stream, if there is one.
         kafka_cluster: the id of the Kafka cluster that was looked at.
         default_replicas: the replication factor where the spec has none.
+        event_bytes: the most that one event may have in the event store; the topic must take all that are accepted.
     """
     name = topic_name(stream)
-    wanted = {**_FIXED, **stream.spec.topic.config}
+    least = records.message_bytes(event_bytes)
+    wanted = {**_FIXED, _MESSAGE_BYTES: str(max(_KAFKAS_MESSAGE_BYTES, least)), **stream.spec.topic.config}
+    if int(wanted[_MESSAGE_BYTES]) < least:
+        return Refuse(
+            "MessageBytesTooSmall",
+            f"spec.topic.config {_MESSAGE_BYTES} is {wanted[_MESSAGE_BYTES]}; events of up to {event_bytes} bytes "
+            f"(eventstore.limits.eventBytes) need {least}, or the stream could get stuck at an event that its topic "
+            "refuses; leave it out, raise it, or lower the event store's limit",
+        )
     if claim is not None and claim.topic != name:
         return Refuse(
             "TopicImmutable",
@@ -182,7 +200,9 @@ class Result:
     found: str = ""
 
 
-async def reconcile(stream: EventStream, *, store: Store, kafka: Kafka, default_replicas: int) -> Result:
+async def reconcile(
+    stream: EventStream, *, store: Store, kafka: Kafka, default_replicas: int, event_bytes: int
+) -> Result:
     """Make topic and schema what the EventStream says.
 
     Never raises because of an outage or a refusal: these are the result's conditions.
@@ -199,7 +219,9 @@ async def reconcile(stream: EventStream, *, store: Store, kafka: Kafka, default_
         types = event_types(stream)
         with _store_errors():
             claim = await store.stream(stream.metadata.namespace, stream.metadata.name)
-        claim, note, found = await _topic(stream, claim, store=store, kafka=kafka, default_replicas=default_replicas)
+        claim, note, found = await _topic(
+            stream, claim, store=store, kafka=kafka, default_replicas=default_replicas, event_bytes=event_bytes
+        )
         topic = Condition("TopicReady", "True", "Applied", f"the topic {topic_name(stream)} is as specified{note}")
         with _store_errors():
             # before the first append, and while Ready is still of the former generation
@@ -229,14 +251,21 @@ def _stored(claim: Stream) -> Condition:
 
 
 async def _topic(
-    stream: EventStream, claim: Stream | None, *, store: Store, kafka: Kafka, default_replicas: int
+    stream: EventStream, claim: Stream | None, *, store: Store, kafka: Kafka, default_replicas: int, event_bytes: int
 ) -> tuple[Stream, str, str]:
     """Claim the stream and bring its topic about; return the claim, a note, and what was put right."""
     name = topic_name(stream)
     with _kafka_errors(name):
         cluster = await kafka.cluster_id()
         topic = await kafka.topic(name)
-    plan = plan_topic(stream, topic=topic, claim=claim, kafka_cluster=cluster, default_replicas=default_replicas)
+    plan = plan_topic(
+        stream,
+        topic=topic,
+        claim=claim,
+        kafka_cluster=cluster,
+        default_replicas=default_replicas,
+        event_bytes=event_bytes,
+    )
     if isinstance(plan, Refuse):
         raise ReconcileError("TopicReady", plan.reason, plan.message)
     with _store_errors():

@@ -26,6 +26,8 @@ class Settings(kafka.Settings):
     namespace: str
     #: Replication factor of topics whose EventStream doesn't say.
     topic_replicas: int = Field(default=1, ge=1)
+    #: The most bytes of one event that the event store accepts (`eventstore.limits.eventBytes`); topics must take them.
+    event_bytes: int = Field(default=512 * 1024, ge=1024)
     #: Probes and metrics.
     port: int = 8080
     #: How many resources are reconciled at the same time.

@@ -30,6 +30,7 @@ class _Traced(msgspec.Struct, frozen=True, gc=False):
 
 
 _UNRESERVED = (string.ascii_letters + string.digits + "-._~").encode()
+_MAX_TRACEPARENT = 128  # characters
 _encode = msgspec.json.Encoder().encode
 _decode_traced = msgspec.json.Decoder(_Traced).decode
 
@@ -78,12 +79,16 @@ def headers(event: Event, *, namespace: str, name: str, incarnation: str) -> lis
 
 
 def _traceparent(metadata: bytes) -> bytes | None:
-    """Return the W3C trace context that the metadata carries as the string `traceparent`, if it does."""
+    """Return the W3C trace context that the metadata carries as the string `traceparent`, if it does.
+
+    One has 55 characters, of later versions perhaps more; a long text is none, and twice in the headers it might make
+    the record larger than the topic takes.
+    """
     try:
         found = _decode_traced(metadata).traceparent
     except msgspec.DecodeError:  # no object, or another type than a string
         return None
-    return found.encode() if found else None
+    return found.encode() if found and len(found) <= _MAX_TRACEPARENT else None
 
 
 def from_record(

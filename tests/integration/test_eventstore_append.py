@@ -17,7 +17,6 @@ import pytest
 from refold import names, tokens
 from refold.eventstore import EventStore, Limits, NewEvent, catalog, reads
 from refold.eventstore import lane as lanes
-from refold.eventstore import store as implementation
 from refold.eventstore.appends import MAX_DEPTH, MAX_NUMBER
 from refold.eventstore.errors import (
     IdConflictError,
@@ -318,7 +317,7 @@ async def test_listeners_are_told_of_appends_after_they_are_committed(log: Log) 
 
 
 async def test_beyond_the_bound_appends_are_refused_at_once(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(implementation, "MAX_WAITING", 5)
+    monkeypatch.setattr(log.store, "limits", Limits(waiting_appends=5))
     outcomes = await together(*(log.append(f"s{n}", "1") for n in range(8)))
     assert Counter(type(outcome).__name__ for outcome in outcomes) == {"AppendResult": 5, "OverloadedError": 3}
     assert isinstance(outcomes[-1], OverloadedError)

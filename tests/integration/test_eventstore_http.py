@@ -39,7 +39,15 @@ async def installed(postgres: Postgres) -> Installed:
 @pytest.fixture(scope="module")
 def api(installed: Installed) -> Iterator[Served]:
     auth = tokens_file(TOKEN)
-    settings = Settings(store_dsn=installed.service, auth=auth, append_events=10, event_bytes=2000, append_bytes=4096)
+    settings = Settings(
+        store_dsn=installed.service,
+        auth=auth,
+        append_events=10,
+        event_bytes=2000,
+        metadata_bytes=1024,
+        append_bytes=4096,
+        body_bytes=8192,
+    )
     with serve(server.make(settings), TOKEN) as served:
         yield served
 

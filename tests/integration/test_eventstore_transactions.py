@@ -225,7 +225,7 @@ async def test_a_bad_part_is_refused_with_its_place(log: Log) -> None:
 
 
 async def test_beyond_the_bound_an_atomic_append_is_refused_at_once(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refold.eventstore.store.MAX_WAITING", 5)
+    monkeypatch.setattr(log.store, "limits", Limits(waiting_appends=5))
     outcomes = await together(
         append_all(log, *(part(f"s{n}", "1") for n in range(5))), append_all(log, part("a", "1")), log.append("a", "1")
     )
@@ -385,7 +385,15 @@ async def test_a_stream_s_writer_appends_all_or_none_in_sql_too(log: Log) -> Non
 async def served(installed: Installed) -> AsyncIterator[Served]:
     await installed.stream("served")
     auth = tokens_file(TOKEN)
-    settings = Settings(store_dsn=installed.service, auth=auth, append_events=10, event_bytes=2000, append_bytes=4096)
+    settings = Settings(
+        store_dsn=installed.service,
+        auth=auth,
+        append_events=10,
+        event_bytes=2000,
+        metadata_bytes=1024,
+        append_bytes=4096,
+        body_bytes=8192,
+    )
     with serve(server.make(settings), TOKEN) as api:
         yield api
 

@@ -20,6 +20,7 @@ from hack.servers import Kafka as KafkaServer
 from hack.servers import Postgres
 
 KEY = b"k" * credentials.KEY_BYTES
+MESSAGE_BYTES = {"max.message.bytes": "1048588"}
 _numbers = itertools.count(1)
 
 
@@ -53,7 +54,9 @@ def resource(name: str, *, uid: str = "u-1", **spec: Any) -> resources.EventStre
 async def reconcile(stream: resources.EventStream, store: Store, topics: Kafka) -> Result:
     """Reconcile, trying again while Kafka's answers are still on their way."""
     for _ in range(20):
-        result = await eventstream.reconcile(stream, store=store, kafka=topics, default_replicas=1)
+        result = await eventstream.reconcile(
+            stream, store=store, kafka=topics, default_replicas=1, event_bytes=512 * 1024
+        )
         if result.conditions[0].reason != "TopicPending":
             break
         await asyncio.sleep(0.1)
@@ -80,7 +83,7 @@ async def test_topic_and_schema_are_made_and_the_stream_is_served(store: Store, 
     topic = await topics.topic(f"shop.{name}")
     assert topic is not None
     assert topic.partitions == 3
-    assert topic.config == {"retention.ms": "1000", "cleanup.policy": "delete"}
+    assert topic.config == {"retention.ms": "1000", "cleanup.policy": "delete", **MESSAGE_BYTES}
     claim = await store.stream("shop", name)
     assert claim is not None
     assert (claim.state, claim.uid, claim.topic_id) == ("active", "u-1", topic.id)
@@ -176,7 +179,7 @@ async def test_a_crash_between_topic_and_its_record_is_made_good(store: Store, t
     assert topic is not None
     assert recorded is not None
     assert recorded.topic_id == topic.id
-    assert topic.config == {"cleanup.policy": "delete"}
+    assert topic.config == {"cleanup.policy": "delete", **MESSAGE_BYTES}
 
 
 async def test_a_deleted_topic_is_made_again(store: Store, topics: Kafka, name: str) -> None:
@@ -202,7 +205,7 @@ async def test_drift_of_the_topics_config_is_undone(store: Store, topics: Kafka,
     assert "retention.ms" in result.found
     topic = await topics.topic(f"shop.{name}")
     assert topic is not None
-    assert topic.config == {"retention.ms": "1000", "cleanup.policy": "delete"}
+    assert topic.config == {"retention.ms": "1000", "cleanup.policy": "delete", **MESSAGE_BYTES}
 
 
 async def test_what_kafka_refuses_is_said_with_its_words(store: Store, topics: Kafka, name: str) -> None:

@@ -1,6 +1,7 @@
 """The Helm chart, rendered by helm: what it makes, what it refuses, and that it agrees with the code beside it."""
 
 import copy
+import dataclasses
 import functools
 import importlib
 import json
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 import yaml
+from refold.eventstore import Limits
+from refold.eventstore.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts" / "refold"
@@ -117,6 +120,13 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "operator.resources": (RESOURCES, EMBEDDED),
     "eventstore.replicas": (1, EMBEDDED),
     "eventstore.liveReaders": (50, EMBEDDED),
+    "eventstore.limits.appendEvents": (500, EMBEDDED),
+    "eventstore.limits.eventBytes": (600_000, EMBEDDED),
+    "eventstore.limits.metadataBytes": (2048, EMBEDDED),
+    "eventstore.limits.appendBytes": (8_000_000, EMBEDDED),
+    "eventstore.limits.bodyBytes": (16_000_000, EMBEDDED),
+    "eventstore.limits.waitingAppends": (100, EMBEDDED),
+    "eventstore.limits.waitingBytes": (1_000_000, EMBEDDED),
     "eventstore.resources": (RESOURCES, EMBEDDED),
     "eventstore.service.type": ("NodePort", EMBEDDED),
     "eventstore.service.nodePort": (30080, merged(EMBEDDED, at("eventstore.service.type", "NodePort"))),
@@ -202,6 +212,9 @@ def test_an_unknown_value_is_refused(parent: str) -> None:
     ("path", "value"),
     [
         ("eventstore.replicas", 0),
+        ("eventstore.limits.eventBytes", 100),
+        ("eventstore.limits.eventBytes", 64 * 1024 * 1024),
+        ("eventstore.limits.waitingAppends", 0),
         ("eventstore.replicas", "2"),
         ("eventstore.liveReaders", -1),
         ("relay.shards", 0),
@@ -227,6 +240,30 @@ def test_a_missing_backend_is_named_with_what_to_give(path: str) -> None:
     message = refusal(merged(EXTERNAL, at(path, "")))
     assert f"{path} is missing: give" in message
     assert "embedded.enabled=true" in message
+
+
+@pytest.mark.parametrize(
+    ("part", "whole"), [("metadataBytes", "eventBytes"), ("eventBytes", "appendBytes"), ("appendBytes", "bodyBytes")]
+)
+def test_a_limit_above_what_holds_it_is_refused_with_both_numbers(part: str, whole: str) -> None:
+    path = "eventstore.limits."
+    values = merged(EMBEDDED, at(path + part, 20_000_001), at(path + whole, 20_000_000))
+    said = refusal(values)
+    assert f"{path}{part} is 20000001" in said
+    assert f"{path}{whole}, which is 20000000" in said
+
+
+def test_the_charts_limits_are_the_defaults_of_process_and_library_and_the_operator_knows_them() -> None:
+    manifests = render(EMBEDDED)
+    variables = {}
+    for name in ("refold-eventstore", "refold-operator"):
+        (container,) = one(manifests, "Deployment", name)["spec"]["template"]["spec"]["containers"]
+        variables[name] = {each["name"]: each.get("value") for each in container["env"]}
+    defaults = {f"REFOLD_{name.upper()}": str(value) for name, value in dataclasses.asdict(Limits()).items()}
+    assert defaults.items() <= variables["refold-eventstore"].items()
+    assert variables["refold-operator"]["REFOLD_EVENT_BYTES"] == defaults["REFOLD_EVENT_BYTES"]
+    settings = Settings(store_dsn="x")  # type: ignore[arg-type]
+    assert settings.limits() == Limits()
 
 
 def test_topics_cant_have_more_replicas_than_the_embedded_kafka_has_brokers() -> None:

@@ -9,8 +9,9 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from refold.eventstore.appends import MAX_DEPTH, MAX_NUMBER, Append, Limits, NewEvent, check, utc
+from refold.eventstore.appends import MAX_DEPTH, MAX_NUMBER, Append, Limits, NewEvent, check
 from refold.eventstore.errors import InvalidAppendError, TooLargeError
+from refold.eventstore.reads import _utc
 from refold.partitioning import partition_of
 
 
@@ -82,6 +83,22 @@ def test_too_large_an_event_or_append_is_refused() -> None:
     error = refused(*(event(full, id=str(n)) for n in range(3)), limits=limits)
     assert isinstance(error, TooLargeError)
     assert error.field == "events"
+
+
+def test_a_limit_that_is_exceeded_is_named_with_its_number() -> None:
+    limits = Limits(append_events=2, event_bytes=100, metadata_bytes=20, append_bytes=150)
+    metadata = refused(event(metadata=json.dumps("x" * 19)), limits=limits)
+    assert (metadata.field, metadata.reason) == (
+        "events[0].metadata", "has 21 bytes; eventstore.limits.metadataBytes is 20",
+    )  # fmt: skip
+    checked(event(metadata=json.dumps("x" * 18)), limits=limits)
+    large = event(json.dumps("x" * 78), id="2")
+    for events, named in (
+        ([event(json.dumps("x" * 99))], "eventstore.limits.eventBytes is 100"),
+        ([event(json.dumps("x" * 78)), large], "eventstore.limits.appendBytes is 150"),
+        ([event(id=str(n)) for n in range(3)], "eventstore.limits.appendEvents is 2"),
+    ):
+        assert named in str(refused(*events, limits=limits))
 
 
 @pytest.mark.parametrize(
@@ -156,6 +173,6 @@ def _strings(value: Any) -> list[str]:
 
 
 def test_a_time_without_a_zone_is_taken_as_utc() -> None:
-    assert utc(dt.datetime(2026, 1, 1, 12)).isoformat() == "2026-01-01T12:00:00+00:00"
+    assert _utc(dt.datetime(2026, 1, 1, 12)).isoformat() == "2026-01-01T12:00:00+00:00"
     east = dt.timezone(dt.timedelta(hours=2))
-    assert utc(dt.datetime(2026, 1, 1, 12, tzinfo=east)).isoformat() == "2026-01-01T10:00:00+00:00"
+    assert _utc(dt.datetime(2026, 1, 1, 12, tzinfo=east)).isoformat() == "2026-01-01T10:00:00+00:00"

@@ -20,6 +20,8 @@ from refold_operator.settings import Settings
 from refold_operator.status import Condition, conditions, merge_patch, only_numbers_changed
 
 CLUSTER = "kafka-one"
+EVENT_BYTES = 512 * 1024
+MESSAGE_BYTES = {"max.message.bytes": "1048588"}  # Kafka's own default, which is enough for EVENT_BYTES
 
 
 def stream(**spec: Any) -> resources.EventStream:
@@ -38,7 +40,8 @@ def claim(**changes: Any) -> Stream:
 
 def topic(**changes: Any) -> Topic:
     values: dict[str, Any] = {
-        "name": "shop.orders", "id": "id-1", "partitions": 6, "replicas": 1, "config": {"cleanup.policy": "delete"},
+        "name": "shop.orders", "id": "id-1", "partitions": 6, "replicas": 1,
+        "config": {"cleanup.policy": "delete", **MESSAGE_BYTES},
     }  # fmt: skip
     return Topic(**{**values, **changes})
 
@@ -46,14 +49,16 @@ def topic(**changes: Any) -> Topic:
 def plan(
     resource: resources.EventStream, *, topic: Topic | None, claim: Stream | None, cluster: str = CLUSTER
 ) -> Refuse | Create | Keep:
-    return plan_topic(resource, topic=topic, claim=claim, kafka_cluster=cluster, default_replicas=2)
+    return plan_topic(
+        resource, topic=topic, claim=claim, kafka_cluster=cluster, default_replicas=2, event_bytes=EVENT_BYTES
+    )
 
 
 class TestTopics:
     def test_a_missing_topic_is_created_and_never_compacted(self) -> None:
         config = {"retention.ms": "1000"}
         assert plan(stream(topic={"config": config}), topic=None, claim=None) == Create(
-            6, 2, {"cleanup.policy": "delete", "retention.ms": "1000"}
+            6, 2, {"cleanup.policy": "delete", "retention.ms": "1000", **MESSAGE_BYTES}
         )
 
     def test_the_specs_replicas_come_before_the_installations(self) -> None:
@@ -115,7 +120,34 @@ class TestTopics:
             config={"cleanup.policy": "compact", "retention.ms": "5", "segment.ms": "7", "follower.replication.x": "1"}
         )
         planned = plan(stream(topic={"config": {"retention.ms": "1000"}}), topic=drifted, claim=claim())
-        assert planned == Keep({"cleanup.policy": "delete", "retention.ms": "1000", "segment.ms": None})
+        assert planned == Keep(
+            {"cleanup.policy": "delete", "retention.ms": "1000", "segment.ms": None, **MESSAGE_BYTES}
+        )
+
+    def test_a_topic_takes_whatever_the_event_store_accepts(self) -> None:
+        asked = {"topic": None, "claim": None, "kafka_cluster": CLUSTER, "default_replicas": 1}
+        planned = plan_topic(stream(), **asked, event_bytes=4 * 1024 * 1024)
+        assert isinstance(planned, Create)
+        assert int(planned.config["max.message.bytes"]) >= 6 * 1024 * 1024
+
+    @pytest.mark.parametrize(("message_bytes", "event_bytes"), [("700000", 512 * 1024), ("1048588", 1024 * 1024)])
+    def test_a_topic_that_would_refuse_an_accepted_event_is_refused_with_the_numbers(
+        self, message_bytes: str, event_bytes: int
+    ) -> None:
+        asked = {"topic": topic(), "claim": claim(), "kafka_cluster": CLUSTER, "default_replicas": 1}
+        planned = plan_topic(
+            stream(topic={"config": {"max.message.bytes": message_bytes}}), **asked, event_bytes=event_bytes
+        )
+        assert isinstance(planned, Refuse)
+        assert planned.reason == "MessageBytesTooSmall"
+        for part in (message_bytes, str(event_bytes), "eventstore.limits.eventBytes", "spec.topic.config"):
+            assert part in planned.message
+
+    def test_a_topic_for_small_events_may_be_small(self) -> None:
+        asked = {"topic": None, "claim": None, "kafka_cluster": CLUSTER, "default_replicas": 1}
+        planned = plan_topic(stream(topic={"config": {"max.message.bytes": "100000"}}), **asked, event_bytes=32 * 1024)
+        assert isinstance(planned, Create)
+        assert planned.config["max.message.bytes"] == "100000"
 
     def test_an_unchanged_topic_needs_nothing(self) -> None:
         assert plan(stream(), topic=topic(), claim=claim()) == Keep({})

@@ -43,11 +43,11 @@ async def echo(request: Request) -> Response:
 
 
 async def count(request: Request) -> Response:
-    return Response(str(len(await bodies.read(request, 1000))))
+    return Response(str(len(await bodies.read(request, 1000, "limit"))))
 
 
 async def lines(request: Request) -> Response:
-    found = [(number, line.decode()) async for number, line in bodies.lines(request, 20)]
+    found = [(number, line.decode()) async for number, line in bodies.lines(request, 20, "limit")]
     return Response(msgspec.json.encode(found), media_type="application/json")
 
 
@@ -263,7 +263,7 @@ def _request(chunks: Sequence[bytes]) -> Request:
 async def test_lines_are_the_same_however_the_body_arrives(step: int) -> None:
     body = b'{"a":1}\n\n{"b":2}\r\n  \n{"c":3}'
     request = _request([body[i : i + step] for i in range(0, len(body), step)])
-    found = [pair async for pair in bodies.lines(request, 20)]
+    found = [pair async for pair in bodies.lines(request, 20, "limit")]
     assert found == [(1, b'{"a":1}'), (3, b'{"b":2}'), (5, b'{"c":3}')]
 
 
@@ -272,7 +272,7 @@ async def test_lines_are_the_same_however_the_body_arrives(step: int) -> None:
 async def test_a_line_over_the_limit_is_refused_after_those_before_it(step: int, end: bytes) -> None:
     body = b"x" * 20 + b"\n" + b"y" * 21 + end
     request = _request([body[i : i + step] for i in range(0, len(body), step)])
-    arriving = bodies.lines(request, 20)
+    arriving = bodies.lines(request, 20, "limit")
     assert await anext(arriving) == (1, b"x" * 20)
     with pytest.raises(Problem) as refused:
         await anext(arriving)

@@ -77,6 +77,20 @@ refold-readstore-admin
 {{- end -}}
 {{- end }}
 
+{{/* The event store's limits as variables; one that lies above what holds it can't be meant. */}}
+{{- define "refold.limits" -}}
+{{- $limits := .Values.eventstore.limits -}}
+{{- range list (list "metadataBytes" "eventBytes") (list "eventBytes" "appendBytes") (list "appendBytes" "bodyBytes") -}}
+{{- $part := get $limits (first .) | int64 -}}{{- $whole := get $limits (last .) | int64 -}}
+{{- if gt $part $whole -}}
+{{- fail (printf "eventstore.limits.%s is %d, over eventstore.limits.%s, which is %d" (first .) $part (last .) $whole) -}}
+{{- end -}}
+{{- end -}}
+{{- range $name, $value := $limits }}
+- {name: REFOLD_{{ $name | snakecase | upper }}, value: {{ $value | int64 | quote }}}
+{{- end }}
+{{- end }}
+
 {{- define "refold.kafkaBootstrap" -}}
 {{- if .Values.embedded.enabled -}}
 refold-kafka.{{ .Release.Namespace }}.svc:9092

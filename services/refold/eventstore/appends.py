@@ -42,15 +42,26 @@ _partition_of = functools.lru_cache(maxsize=65536)(partition_of)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Bounds of one append, in events and bytes.
+    """Bounds of appends, in events and bytes; in the chart `eventstore.limits`, where messages name them.
 
-    An event (data and metadata, exponents written out) must stay below the topic's `max.message.bytes` even with the
-    blanks that PostgreSQL puts between the elements of a JSON text.
+    Attributes:
+        append_events: events of one append.
+        event_bytes: an event's data and metadata as they are sent, with exponents written out. The topic must take
+            them with the blanks that PostgreSQL puts in, see `refold.eventstore.records`.
+        metadata_bytes: the metadata alone.
+        append_bytes: data and metadata of all events of one append.
+        body_bytes: an HTTP request's body, or a line of a bulk.
+        waiting_appends: appends that may wait in one process; beyond, appends are refused at once.
+        waiting_bytes: the same in bytes.
     """
 
     append_events: int = 1000
     event_bytes: int = 512 * 1024
+    metadata_bytes: int = 64 * 1024
     append_bytes: int = 4 * 1024 * 1024
+    body_bytes: int = 8 * 1024 * 1024
+    waiting_appends: int = 10_000
+    waiting_bytes: int = 128 * 1024 * 1024
 
 
 _NULL = msgspec.Raw(b"null")
@@ -156,7 +167,7 @@ def check(
     if not events:
         raise InvalidAppendError("events", "has no events")
     if len(events) > limits.append_events:
-        raise TooLargeError("events", f"has {len(events)} events, at most {limits.append_events} are appended at once")
+        raise TooLargeError("events", _over(f"has {len(events)} events", "appendEvents", limits.append_events))
     ids, types, data, metadata = [], [], [], []
     size = 0
     for index, event in enumerate(events):
@@ -169,19 +180,25 @@ def check(
         if text == b"null":
             metadata.append(arrays.NULL)
         else:
-            event_size += _check_json("metadata", text, index)
+            metadata_size = _check_json("metadata", text, index)
+            if metadata_size > limits.metadata_bytes:
+                raise TooLargeError(
+                    f"events[{index}].metadata",
+                    _over(f"has {metadata_size} bytes", "metadataBytes", limits.metadata_bytes),
+                )
+            event_size += metadata_size
             metadata.append(arrays.jsonb(text))
         if event_size > limits.event_bytes:
             raise TooLargeError(
                 f"events[{index}]",
-                f"its data and metadata have {event_size} bytes, at most {limits.event_bytes} are kept",
+                _over(f"its data and metadata have {event_size} bytes", "eventBytes", limits.event_bytes),
             )
         size += event_size
     if len(ids) > 1 and len(set(ids)) < len(ids):
         index = next(index for index, element in enumerate(ids) if element in ids[:index])
         raise InvalidAppendError(f"events[{index}].id", f"{events[index].id!r} stands twice in the append")
     if size > limits.append_bytes:
-        raise TooLargeError("events", f"has {size} bytes, at most {limits.append_bytes} are appended at once")
+        raise TooLargeError("events", _over(f"has {size} bytes", "appendBytes", limits.append_bytes))
     return Append(
         subject=subject,
         subject_element=arrays.text(subject_bytes),
@@ -206,7 +223,7 @@ def check_all(appends: Sequence[SubjectAppend], *, partitions: int, limits: Limi
         raise InvalidAppendError("appends", "has no appends")
     events = sum(len(append.events) for append in appends)
     if events > limits.append_events:
-        raise TooLargeError("appends", f"has {events} events, at most {limits.append_events} are appended at once")
+        raise TooLargeError("appends", _over(f"has {events} events", "appendEvents", limits.append_events))
     checked: list[Append] = []
     first: dict[str, int] = {}
     size = 0
@@ -231,7 +248,7 @@ def check_all(appends: Sequence[SubjectAppend], *, partitions: int, limits: Limi
         size += part.size - len(part.ids) * len(append.subject.encode())
         checked.append(dataclasses.replace(part, path=f"appends[{index}]."))
     if size > limits.append_bytes:
-        raise TooLargeError("appends", f"has {size} bytes, at most {limits.append_bytes} are appended at once")
+        raise TooLargeError("appends", _over(f"has {size} bytes", "appendBytes", limits.append_bytes))
     return checked
 
 
@@ -309,6 +326,10 @@ def _check_escapes(field: str, text: bytes, index: int) -> None:
         if high_end < 0:
             return
     raise InvalidAppendError(_path(field, index), r"holds half of a surrogate pair (\ud800 to \udfff)")
+
+
+def _over(what: str, setting: str, limit: int) -> str:
+    return f"{what}; eventstore.limits.{setting} is {limit}"
 
 
 def _path(field: str, index: int | None) -> str:

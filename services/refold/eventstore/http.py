@@ -16,6 +16,8 @@ from refold.eventstore.store import EventStore
 from refold.web import bodies, paths
 from refold.web.openapi import NDJSON, Operation
 
+_BODY = "eventstore.limits.bodyBytes"
+
 
 class AppendBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The body of an append.
@@ -63,8 +65,7 @@ class Api:
     store: EventStore
 
     def __init__(self, limits: Limits) -> None:
-        # JSON may escape and space what counts half as much.
-        self._body_bytes = 2 * limits.append_bytes
+        self._body_bytes = limits.body_bytes
         self._append_body = msgspec.json.Decoder(AppendBody)
         self._append_all_body = msgspec.json.Decoder(AppendAllBody)
 
@@ -114,7 +115,7 @@ class Api:
         """Append to one subject."""
         namespace, name = http_asked.stream(request)
         subject = paths.parameter(request, "subject")
-        raw = await bodies.read(request, self._body_bytes)
+        raw = await bodies.read(request, self._body_bytes, _BODY)
         with json_problem():
             body = self._append_body.decode(raw)
         try:
@@ -130,7 +131,7 @@ class Api:
     async def append_all(self, request: Request) -> Response:
         """Append to many subjects, all or none."""
         namespace, name = http_asked.stream(request)
-        raw = await bodies.read(request, self._body_bytes)
+        raw = await bodies.read(request, self._body_bytes, _BODY)
         with json_problem():
             body = self._append_all_body.decode(raw)
         try:
@@ -146,7 +147,7 @@ class Api:
             stream = await self.store.stream(*http_asked.stream(request))
         except EventStoreError as error:
             raise from_error(error) from error
-        return Bulk(self.store, stream, bodies.lines(request, self._body_bytes))
+        return Bulk(self.store, stream, bodies.lines(request, self._body_bytes, _BODY))
 
 
 def _created(body: Appended | AllAppendedBody, *, replayed: bool) -> Response:

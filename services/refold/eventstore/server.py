@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator
 
 from refold import logs
 from refold.eventstore import http_asked
-from refold.eventstore.appends import Limits
 from refold.eventstore.errors import EventStoreError
 from refold.eventstore.http import Api
 from refold.eventstore.settings import Settings
@@ -18,9 +17,7 @@ from refold.web.auth.choice import authority
 
 def make(settings: Settings) -> App:
     """Return the application; it connects when it is started, and serves also while the database is away."""
-    limits = Limits(
-        append_events=settings.append_events, event_bytes=settings.event_bytes, append_bytes=settings.append_bytes
-    )
+    limits = settings.limits()
     api = Api(limits)
 
     async def ready() -> str | None:

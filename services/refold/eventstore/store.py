@@ -31,9 +31,6 @@ from refold.eventstore.live import After, Live, LiveEvent, Reader
 
 log = structlog.get_logger(__name__)
 
-#: Appends and bytes that may wait in one process; beyond, appends are refused at once.
-MAX_WAITING = 10_000
-MAX_WAITING_BYTES = 128 * 1024 * 1024
 #: How many may watch at once in one process, by default.
 LIVE_READERS = 1000
 #: Seconds between two looks at the catalog, and the least between two that unknown names ask for.
@@ -264,10 +261,12 @@ class EventStore:
         """Count `count` appends of `size` bytes as waiting until the outcome that is returned is there, or refuse."""
         if self._closing:
             raise UnavailableError("the event store is stopping; the append wasn't taken, send it to another")
-        if self._waiting >= MAX_WAITING or self._waiting_bytes >= MAX_WAITING_BYTES:
+        limits = self.limits
+        if self._waiting >= limits.waiting_appends or self._waiting_bytes >= limits.waiting_bytes:
             raise OverloadedError(
-                f"{self._waiting} appends of {self._waiting_bytes} bytes are waiting; this one wasn't taken, "
-                "try again a little later"
+                f"{self._waiting} appends of {self._waiting_bytes} bytes are waiting, eventstore.limits.waitingAppends "
+                f"is {limits.waiting_appends}, waitingBytes {limits.waiting_bytes}; this one wasn't taken, try again a "
+                "little later"
             )
         self._waiting += count
         self._waiting_bytes += size

@@ -7,15 +7,15 @@ from starlette.requests import ClientDisconnect, Request
 from refold.web.problems import Problem
 
 
-async def read(request: Request, limit: int) -> bytes:
-    """Return the whole body of `request`.
+async def read(request: Request, limit: int, setting: str) -> bytes:
+    """Return the whole body of `request`; `setting` names the `limit` in messages.
 
     Raises:
         Problem: 413 where it is over `limit` bytes; where its length was announced, nothing of it is read.
     """
     for name, value in request.scope["headers"]:
         if name == b"content-length" and int(value) > limit:
-            raise _too_large(f"the body of {int(value)} bytes is over the limit of {limit} bytes", limit)
+            raise _too_large(f"the body has {int(value)} bytes; {setting} is {limit}", limit)
     chunks: list[bytes] = []
     size = 0
     # Not request.stream(): most bodies come in one piece, for which a generator is a good part of the whole cost.
@@ -26,16 +26,16 @@ async def read(request: Request, limit: int) -> bytes:
         chunk: bytes = message.get("body", b"")
         size += len(chunk)
         if size > limit:
-            raise _too_large(f"the body is over the limit of {limit} bytes", limit)
+            raise _too_large(f"the body is larger than {setting}, which is {limit} bytes", limit)
         if not message.get("more_body", False):
             return b"".join((*chunks, chunk)) if chunks else chunk
         chunks.append(chunk)
 
 
-async def lines(request: Request, limit: int) -> AsyncIterator[tuple[int, bytes]]:
-    r"""Yield number (from 1) and bytes of each line of an NDJSON body as it arrives.
+async def lines(request: Request, limit: int, setting: str) -> AsyncIterator[tuple[int, bytes]]:
+    r"""Yield number (from 1) and bytes of each line of an NDJSON body as it arrives; `setting` names the `limit`.
 
-    Empty lines are counted, not yielded.     Lines end in `\n` or `\r\n`; the last one may lack it. At most a line and
+    Empty lines are counted, not yielded. Lines end in `\n` or `\r\n`; the last one may lack it. At most a line and
     what the server reads ahead (64 KiB) are held.
 
     Raises:
@@ -49,7 +49,7 @@ async def lines(request: Request, limit: int) -> AsyncIterator[tuple[int, bytes]
         while (end := chunk.find(b"\n", start)) >= 0:
             number += 1
             if size + end - start > limit:
-                raise _line_too_large(number, limit)
+                raise _line_too_large(number, limit, setting)
             line = chunk[start:end]
             if pending:
                 line = b"".join((*pending, line))
@@ -63,7 +63,7 @@ async def lines(request: Request, limit: int) -> AsyncIterator[tuple[int, bytes]
             pending.append(chunk[start:])
             size += len(chunk) - start
             if size > limit:
-                raise _line_too_large(number + 1, limit)
+                raise _line_too_large(number + 1, limit, setting)
     line = b"".join(pending).strip()
     if line:
         yield number + 1, line
@@ -73,12 +73,12 @@ def _too_large(detail: str, limit: int) -> Problem:
     return Problem(413, "body-too-large", "Body too large", f"{detail}; send less at once", limit=limit)
 
 
-def _line_too_large(number: int, limit: int) -> Problem:
+def _line_too_large(number: int, limit: int, setting: str) -> Problem:
     return Problem(
         413,
         "line-too-large",
         "Line too large",
-        f"line {number} is over the limit of {limit} bytes",
+        f"line {number} is larger than {setting}, which is {limit} bytes",
         limit=limit,
         line=number,
     )
