@@ -1,0 +1,112 @@
+"""The event store's OpenAPI description against the event store: schemathesis makes requests of it, good and bad ones.
+
+`REFOLD_EXAMPLES` is how many for each operation and kind (default 40).
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import psycopg
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from refold.events import Event
+from refold.eventstore import event_stream, server
+from refold.eventstore.bulk import BulkAnswer
+from refold.eventstore.settings import Settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from hack.servers import Postgres
+from hack.servers.callers import tokens_file
+from tests.served import Served, serve
+from tests.stores import Installed, check_history, install
+
+TOKEN = "t0ken"
+EXAMPLES = int(os.environ.get("REFOLD_EXAMPLES", "40"))
+NDJSON = "application/x-ndjson"
+OPERATIONS = [
+    "append", "append_all", "bulk", "read_subject", "read_partition", "watch_subject", "watch_partition",
+    "watch_stream",
+]  # fmt: skip
+
+
+@schemathesis.serializer(NDJSON)
+def lines(_: schemathesis.SerializationContext, value: Any) -> bytes:
+    return json.dumps(value).encode() + b"\n"
+
+
+@pytest.fixture(scope="module")
+async def installed(postgres: Postgres) -> Installed:
+    with psycopg.connect(postgres.dsn(), autocommit=True) as conn:
+        conn.execute("create database described")
+    found = await install(postgres.dsn("described"))
+    await found.stream()
+    return found
+
+
+@pytest.fixture(scope="module")
+def api(installed: Installed) -> Iterator[Served]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(event_stream, "LIFETIME", 0.0)  # what is watched ends at once
+        with serve(server.make(Settings(store_dsn=installed.service, auth=tokens_file(TOKEN))), TOKEN) as served:
+            yield served
+
+
+@pytest.fixture(scope="module")
+def operations(api: Served) -> dict[str, schemathesis.APIOperation[Any, Any, Any, Any]]:
+    schema = schemathesis.openapi.from_dict(api.ask("/openapi.json").json())
+    found = [result.ok() for result in schema.get_all_operations()]
+    return {one.definition.raw["operationId"]: one for one in found}
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_each_operation_answers_as_it_is_described(
+    api: Served, operations: dict[str, Any], name: str, mode: GenerationMode
+) -> None:
+    operation = operations[name]
+
+    @given(case=operation.as_strategy(generation_mode=mode), real=st.booleans())
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.explicit, Phase.generate],  # a failure is short enough; looking for a shorter one takes minutes
+    )
+    def ask(case: schemathesis.Case, real: bool) -> None:
+        if real:  # of a stream that is there
+            case.path_parameters |= {"namespace": "shop", "name": "orders"}
+        response = case.call(base_url=api.url, headers={"authorization": f"Bearer {TOKEN}"}, timeout=20)
+        checks = [not_a_server_error, status_code_conformance, content_type_conformance]
+        kind = response.headers.get("content-type", [""])[0]
+        if kind == NDJSON:
+            line = msgspec.json.Decoder(BulkAnswer if name == "bulk" else Event, strict=True)
+            for raw in response.content.splitlines():
+                line.decode(raw)
+        elif not kind.startswith(event_stream.MEDIA_TYPE):
+            checks.append(response_schema_conformance)
+        case.validate_response(response, checks=checks)
+
+    ask()
+
+
+async def test_every_operation_of_the_description_is_asked_and_left_a_right_history(
+    operations: dict[str, Any], installed: Installed
+) -> None:
+    assert sorted(operations) == sorted(OPERATIONS)
+    history = await installed.query(
+        'select partition, position, subject, revision, id, recorded_at from "shop.orders".events '
+        "order by partition, position"
+    )
+    assert history
+    check_history(history)
