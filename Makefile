@@ -55,9 +55,10 @@ attack-briefly: venv servers ## Attack each invariant briefly
 	$(PYTEST) tests/attack
 
 .PHONY: attack
-attack: venv servers ## Attack each invariant at length (about 15 minutes); the log goes to docs/attack/
+attack: venv servers ## Attack each invariant at length (about 20 minutes); the log goes to docs/attack/
 	@mkdir -p docs/attack
-	REFOLD_DISTURBANCES=100 $(PYTEST) -v tests/attack 2>&1 | tee docs/attack/$$(date -u +%Y-%m-%d).log
+	REFOLD_DISTURBANCES=100 REFOLD_EXAMPLES=400 $(PYTEST) -v tests/attack tests/integration/test_eventstore_description.py \
+	  tests/integration/test_eventstore_fuzz.py 2>&1 | tee docs/attack/$$(date -u +%Y-%m-%d).log
 
 .PHONY: bench
 bench: venv servers ## Measure beside the machine's limits (WORKLOAD=append-32 ARGS='--runs 3'; default: all)
