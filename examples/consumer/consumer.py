@@ -178,6 +178,21 @@ def from_record(record: Message) -> Event | None:
     )
 
 
+def kafka() -> dict[str, Any]:
+    """Return where Kafka is and how to log in: the keys of the Secret `<stream>-consumer`, as variables."""
+    settings = {
+        "bootstrap.servers": os.environ["KAFKA"],
+        "security.protocol": os.environ.get("KAFKA_SECURITY_PROTOCOL", "PLAINTEXT"),
+        "sasl.mechanism": os.environ.get("KAFKA_SASL_MECHANISM"),
+        "sasl.username": os.environ.get("KAFKA_USERNAME"),
+        "sasl.password": os.environ.get("KAFKA_PASSWORD"),
+        "ssl.ca.pem": os.environ.get("KAFKA_CA"),  # the certificate itself; without it, the system's authorities
+        # Nobody joins the group, but where Kafka has ACLs its name must begin as the Secret says.
+        "group.id": os.environ.get("KAFKA_GROUP_PREFIX", "") + "order-sums",
+    }
+    return {name: value for name, value in settings.items() if value}
+
+
 def ends(consumer: Consumer) -> list[TopicPartition]:
     """Return each partition of the topic with the offset where it ends now."""
     topic = consumer.list_topics(TOPIC, timeout=10).topics[TOPIC]
@@ -212,8 +227,7 @@ def run(state: State, in_step: threading.Event) -> None:
         # Without commits there is no group: positions live beside the state, and Kafka's offsets mean nothing to us.
         consumer = Consumer(
             {
-                "bootstrap.servers": os.environ["KAFKA"],
-                "group.id": "unused",
+                **kafka(),
                 "enable.auto.commit": False,
                 "isolation.level": "read_committed",  # librdkafka's default; in Java you must set it
                 "auto.offset.reset": "error",  # where the topic no longer has our offset, the store has the events

@@ -180,20 +180,20 @@ class Platform:
 
     def relay(self, **settings: str) -> "Service":
         """Return a relay, not yet started."""
-        return Service(
-            self, "relay", REFOLD_STORE_DSN=self.store_dsn("relay"), REFOLD_KAFKA_BOOTSTRAP=self.kafka.bootstrap,
-            **settings,
-        )  # fmt: skip
+        default = {"REFOLD_STORE_DSN": self.store_dsn("relay"), "REFOLD_KAFKA_BOOTSTRAP": self.kafka.bootstrap}
+        return Service(self, "relay", **{**default, **settings})
 
     def projector(self, namespace: str, name: str, version: str, **settings: str) -> "Service":
         """Return a projector of one version, not yet started."""
         schema = names.read_schema(namespace, name)
-        return Service(
-            self, "projector", REFOLD_PROJECTION=f"{namespace}/{name}", REFOLD_VERSION=version,
-            REFOLD_STORE_DSN=self._dsn(self._store, names.resource_role(self._store, schema, "projector")),
-            REFOLD_READSTORE_DSN=self._dsn(self._read, readstore.logins(self._read, schema)[0]),
-            REFOLD_KAFKA_BOOTSTRAP=self.kafka.bootstrap, **settings,
-        )  # fmt: skip
+        default = {
+            "REFOLD_PROJECTION": f"{namespace}/{name}",
+            "REFOLD_VERSION": version,
+            "REFOLD_STORE_DSN": self._dsn(self._store, names.resource_role(self._store, schema, "projector")),
+            "REFOLD_READSTORE_DSN": self._dsn(self._read, readstore.logins(self._read, schema)[0]),
+            "REFOLD_KAFKA_BOOTSTRAP": self.kafka.bootstrap,
+        }
+        return Service(self, "projector", **{**default, **settings})
 
     def query(self, namespace: str, name: str) -> "Service":
         """Return a query service, not yet started."""

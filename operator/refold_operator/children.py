@@ -11,10 +11,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from refold import names
+from refold import kafka, names
 
 from refold_operator.cluster import API_VERSION
-from refold_operator.resources import Processes, Projection
+from refold_operator.resources import EventStream, Processes, Projection
 
 Manifest = dict[str, Any]
 
@@ -23,6 +23,7 @@ MANAGER = "refold-operator"
 #: Chooses what the operator made, in watches and lists.
 MANAGED = f"{MANAGED_BY}={MANAGER}"
 #: The labels that tell whose an object is.
+STREAM_LABEL = "refold.dev/eventstream"
 PROJECTION_LABEL = "refold.dev/projection"
 VERSION_LABEL = "refold.dev/version"
 COMPONENT_LABEL = "app.kubernetes.io/component"
@@ -32,6 +33,8 @@ _SECRET_HASH = "refold.dev/secret-hash"  # noqa: S105 - an annotation's name
 _ACCOUNT = "refold.dev/account"
 _WISH = "refold.dev/wish"
 _USER = 65532
+#: Where a projector finds its Kafka credentials.
+_KAFKA_FOLDER = "/etc/refold/kafka"
 # SIGTERM lets a process finish what it acknowledged: 25 s in refold.web.server, some more for what comes before it.
 _GRACE_SECONDS = 35
 _DEFAULT_RESOURCES = {
@@ -48,12 +51,27 @@ class Image:
     pull_policy: str
 
 
-def projector_secret(owner: Projection, version: str, *, store_dsn: str, readstore_dsn: str) -> Manifest:
-    """Return the Secret with the DSNs of one version's projectors."""
+def projector_secret(
+    owner: Projection, version: str, *, store_dsn: str, readstore_dsn: str, kafka_files: Mapping[str, str]
+) -> Manifest:
+    """Return the Secret with the DSNs of one version's projectors, and the files of their Kafka credentials."""
     return _secret(
         owner, names.projector_name(owner.metadata.name, version), _labels(owner, "projector", version),
-        {"store-dsn": store_dsn, "readstore-dsn": readstore_dsn},
+        {"store-dsn": store_dsn, "readstore-dsn": readstore_dsn, **kafka_files},
     )  # fmt: skip
+
+
+def consumer_secret(owner: EventStream, data: Mapping[str, str]) -> Manifest:
+    """Return the Secret for those who read an EventStream's topic."""
+    labels = {
+        "app.kubernetes.io/name": "refold-consumer",
+        "app.kubernetes.io/instance": owner.metadata.name,
+        COMPONENT_LABEL: "consumer",
+        "app.kubernetes.io/part-of": "refold",
+        MANAGED_BY: MANAGER,
+        STREAM_LABEL: owner.metadata.name,
+    }
+    return _secret(owner, names.consumer_name(owner.metadata.name), labels, data)
 
 
 def query_account(owner: Projection) -> Manifest:
@@ -79,14 +97,14 @@ def projector(
     version: str,
     *,
     image: Image,
-    kafka_bootstrap: str,
+    brokers: kafka.Brokers,
     secret: Manifest,
 ) -> Manifest:
     """Return the Deployment of one version's projectors."""
     env = [
         {"name": "REFOLD_PROJECTION", "value": f"{owner.metadata.namespace}/{owner.metadata.name}"},
         {"name": "REFOLD_VERSION", "value": version},
-        {"name": "REFOLD_KAFKA_BOOTSTRAP", "value": kafka_bootstrap},
+        *_kafka_env(brokers),
         _from_secret("REFOLD_STORE_DSN", secret, "store-dsn"),
         _from_secret("REFOLD_READSTORE_DSN", secret, "readstore-dsn"),
         {"name": "REFOLD_PORT", "value": str(PORT)},
@@ -151,7 +169,7 @@ def same_wish(child: Mapping[str, Any], manifest: Manifest) -> bool:
     return wish is not None and wish == manifest["metadata"]["annotations"][_WISH]
 
 
-def owned_by(child: Mapping[str, Any], owner: Projection) -> bool:
+def owned_by(child: Mapping[str, Any], owner: EventStream | Projection) -> bool:
     """Tell whether `child` is controlled by `owner`."""
     references = child["metadata"].get("ownerReferences", [])
     return any(reference["uid"] == owner.metadata.uid and reference.get("controller") for reference in references)
@@ -190,7 +208,7 @@ def _selector(labels: Mapping[str, str]) -> dict[str, str]:
     return {name: labels[name] for name in (PROJECTION_LABEL, COMPONENT_LABEL, VERSION_LABEL) if name in labels}
 
 
-def _metadata(owner: Projection, name: str, labels: Mapping[str, str]) -> Manifest:
+def _metadata(owner: EventStream | Projection, name: str, labels: Mapping[str, str]) -> Manifest:
     return {
         "name": name,
         "namespace": owner.metadata.namespace,
@@ -198,7 +216,7 @@ def _metadata(owner: Projection, name: str, labels: Mapping[str, str]) -> Manife
         "ownerReferences": [
             {
                 "apiVersion": API_VERSION,
-                "kind": "Projection",
+                "kind": type(owner).__name__,
                 "name": owner.metadata.name,
                 "uid": owner.metadata.uid,
                 "controller": True,
@@ -208,7 +226,7 @@ def _metadata(owner: Projection, name: str, labels: Mapping[str, str]) -> Manife
     }
 
 
-def _secret(owner: Projection, name: str, labels: Mapping[str, str], data: Mapping[str, str]) -> Manifest:
+def _secret(owner: EventStream | Projection, name: str, labels: Mapping[str, str], data: Mapping[str, str]) -> Manifest:
     return {
         "apiVersion": "v1",
         "kind": "Secret",
@@ -220,6 +238,16 @@ def _secret(owner: Projection, name: str, labels: Mapping[str, str], data: Mappi
 
 def _base64(value: bytes | str) -> str:
     return base64.b64encode(value.encode() if isinstance(value, str) else value).decode()
+
+
+def _kafka_env(brokers: kafka.Brokers) -> list[Manifest]:
+    """Return the variables that tell a projector of Kafka, and where its credentials are mounted."""
+    env = {"REFOLD_KAFKA_BOOTSTRAP": brokers.bootstrap}
+    if brokers.protocol != "PLAINTEXT":
+        env |= {"REFOLD_KAFKA_SECURITY_PROTOCOL": brokers.protocol, "REFOLD_KAFKA_CREDENTIALS": _KAFKA_FOLDER}
+    if brokers.protocol.startswith("SASL"):
+        env["REFOLD_KAFKA_SASL_MECHANISM"] = brokers.mechanism
+    return [{"name": name, "value": value} for name, value in env.items()]
 
 
 def _from_secret(variable: str, secret: Manifest, key: str) -> Manifest:
@@ -247,6 +275,13 @@ def _deployment(
     if account is not None:
         annotations[_ACCOUNT] = account["metadata"]["uid"]
         identity["serviceAccountName"] = account["metadata"]["name"]
+    mounts: list[Manifest] = [{"name": "tmp", "mountPath": "/tmp"}]  # noqa: S108 - the one writable folder
+    volumes: list[Manifest] = [{"name": "tmp", "emptyDir": {"sizeLimit": "64Mi"}}]
+    items = [{"key": file, "path": file} for file in kafka.FILES if file in secret["data"]]
+    if items:
+        mounts.append({"name": "kafka", "mountPath": _KAFKA_FOLDER, "readOnly": True})
+        source = {"secretName": secret["metadata"]["name"], "items": items, "defaultMode": 0o440}
+        volumes.append({"name": "kafka", "secret": source})
     container = {
         "name": command,
         "image": image.name,
@@ -263,7 +298,7 @@ def _deployment(
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         },
-        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],  # noqa: S108 - the one writable folder
+        "volumeMounts": mounts,
     }
     return {
         "apiVersion": "apps/v1",
@@ -287,7 +322,7 @@ def _deployment(
                         "seccompProfile": {"type": "RuntimeDefault"},
                     },
                     "containers": [container],
-                    "volumes": [{"name": "tmp", "emptyDir": {"sizeLimit": "64Mi"}}],
+                    "volumes": volumes,
                 },
             },
         },

@@ -8,6 +8,7 @@ from typing import Any
 import structlog
 
 from refold_operator import eventstream, projection, resources
+from refold_operator.access import Access
 from refold_operator.children import Image
 from refold_operator.cluster import Cluster, Object, RefusedError
 from refold_operator.delegation import Delegation
@@ -40,13 +41,16 @@ class Controller:
         store: Store,
         readstore: ReadStore,
         kafka: Kafka,
+        access: Access,
         installation: Installation,
     ) -> None:
         self._settings = settings
+        self._brokers = settings.brokers()
         self._cluster = cluster
         self._store = store
         self._readstore = readstore
         self._kafka = kafka
+        self._access = access
         self._installation = installation
         self._delegation = Delegation(cluster)
         self._written: dict[Key, float] = {}
@@ -66,12 +70,9 @@ class Controller:
         if key.kind == "EventStream":
             stream = resources.event_stream(body)
             result = await eventstream.reconcile(
-                stream,
-                store=self._store,
-                kafka=self._kafka,
-                default_replicas=self._settings.topic_replicas,
-                event_bytes=self._settings.event_bytes,
-            )
+                stream, store=self._store, kafka=self._kafka, access=self._access, cluster=self._cluster,
+                default_replicas=self._settings.topic_replicas, event_bytes=self._settings.event_bytes,
+            )  # fmt: skip
         else:
             reader = resources.projection(body)
             self._readers[key] = frozenset(reader.spec.streams)
@@ -91,7 +92,9 @@ class Controller:
             return Outcome()
         try:
             if key.kind == "EventStream":
-                await eventstream.finalize(resources.event_stream(body), store=self._store, kafka=self._kafka)
+                await eventstream.finalize(
+                    resources.event_stream(body), store=self._store, kafka=self._kafka, access=self._access
+                )
             else:
                 await projection.finalize(resources.projection(body), self._surroundings())
         except ReconcileError as error:
@@ -117,8 +120,9 @@ class Controller:
             store=self._store,
             readstore=self._readstore,
             image=Image(self._settings.image, self._settings.image_pull_policy),
-            kafka_bootstrap=self._settings.kafka_bootstrap,
             delegation=self._delegation,
+            brokers=self._brokers,
+            access=self._access,
             key=self._installation.key,
         )
 

@@ -18,7 +18,11 @@ from refold.eventstore.appends import MAX_TYPE_BYTES, check_text
 from refold.eventstore.catalog import Stream
 from refold.eventstore.errors import ConflictError, EventStoreError, InvalidAppendError, NotInstalledError
 from refold.eventstore.event_types import EventTypes, SchemaError
+from refold.kafka import CredentialsError
 
+from refold_operator import children
+from refold_operator.access import Access
+from refold_operator.cluster import Cluster, RefusedError, covers
 from refold_operator.errors import ForbiddenError, ReconcileError, UnreachableError
 from refold_operator.kafka import Kafka, Topic, TopicExistsError, TopicRefusedError
 from refold_operator.resources import TAKE_OVER_ANNOTATION, EventStream
@@ -201,9 +205,16 @@ class Result:
 
 
 async def reconcile(
-    stream: EventStream, *, store: Store, kafka: Kafka, default_replicas: int, event_bytes: int
+    stream: EventStream,
+    *,
+    store: Store,
+    kafka: Kafka,
+    access: Access,
+    cluster: Cluster,
+    default_replicas: int,
+    event_bytes: int,
 ) -> Result:
-    """Make topic and schema what the EventStream says.
+    """Make topic, schema and who may read and write what the EventStream says.
 
     Never raises because of an outage or a refusal: these are the result's conditions.
     """
@@ -222,7 +233,11 @@ async def reconcile(
         claim, note, found = await _topic(
             stream, claim, store=store, kafka=kafka, default_replicas=default_replicas, event_bytes=event_bytes
         )
-        topic = Condition("TopicReady", "True", "Applied", f"the topic {topic_name(stream)} is as specified{note}")
+        readers, more = await _access(stream, access=access, cluster=cluster)
+        found = "; ".join(filter(None, (found, more)))
+        topic = Condition(
+            "TopicReady", "True", "Applied", f"the topic {topic_name(stream)} is as specified{note}{readers}"
+        )
         with _store_errors():
             # before the first append, and while Ready is still of the former generation
             claim = await store.set_event_types(claim, types)
@@ -308,7 +323,31 @@ async def _topic(
     return claim, plan.note if isinstance(plan, Keep) else "", found
 
 
-async def finalize(stream: EventStream, *, store: Store, kafka: Kafka) -> None:
+async def _access(stream: EventStream, *, access: Access, cluster: Cluster) -> tuple[str, str]:
+    """Bring about who may read and write the topic; return who may, for people, and what was put right."""
+    topic, namespace = topic_name(stream), stream.metadata.namespace
+    with _store_errors(), _kafka_errors(topic):
+        data, found = await access.stream(stream, topic)
+    if not data:
+        return "", found
+    secret = children.stamped(children.consumer_secret(stream, data))
+    name = secret["metadata"]["name"]
+    with _cluster_errors():
+        known = await cluster.get("Secret", namespace, name)
+        if known is not None and not children.owned_by(known, stream):
+            raise ReconcileError(
+                "TopicReady", "ObjectConflict",
+                f"the Secret {name} exists and isn't this EventStream's; delete or rename it",
+            )  # fmt: skip
+        if known is None or not covers(known, secret):
+            await cluster.apply(secret)
+            _log.info("applied", kind="Secret", namespace=namespace, name=name)
+            if known is not None and children.same_wish(known, secret):
+                found = "; ".join(filter(None, (found, f"put back the Secret {name}")))
+    return f"; the Secret {name} lets read it", found
+
+
+async def finalize(stream: EventStream, *, store: Store, kafka: Kafka, access: Access) -> None:
     """Do what the deletion policy says; returns once nothing of the stream is held any more.
 
     Only what this very resource has claimed is dropped. What is gone already is no error.
@@ -323,12 +362,13 @@ async def finalize(stream: EventStream, *, store: Store, kafka: Kafka) -> None:
         if stream.spec.deletion_policy == "Retain":
             await store.release(claim)
             return
-    with _kafka_errors(claim.topic):
+    with _store_errors(), _kafka_errors(claim.topic):
         cluster = await kafka.cluster_id()
         topic = await kafka.topic(claim.topic) if cluster == claim.kafka_cluster else None
         # Without an id the topic was made by us just before a crash.
         if topic is not None and (not claim.topic_id or topic.id == claim.topic_id):
             await kafka.delete(claim.topic)
+        await access.drop_stream(stream, claim.topic)
     with _store_errors():
         await store.drop(namespace=stream.metadata.namespace, name=stream.metadata.name, uid=stream.metadata.uid)
 
@@ -353,6 +393,17 @@ def _store_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _cluster_errors() -> Iterator[None]:
+    """Turn the API server's errors about the consumers' Secret into conditions."""
+    try:
+        yield
+    except UnreachableError as error:
+        raise ReconcileError("TopicReady", "KubernetesUnreachable", str(error)) from error
+    except RefusedError as error:
+        raise ReconcileError("TopicReady", "KubernetesRefused", str(error)) from error
+
+
+@contextlib.contextmanager
 def _kafka_errors(topic: str) -> Iterator[None]:
     """Turn Kafka's errors about `topic` into conditions."""
     try:
@@ -361,6 +412,8 @@ def _kafka_errors(topic: str) -> Iterator[None]:
         raise ReconcileError("TopicReady", error.reason or "KafkaUnreachable", str(error)) from error
     except ForbiddenError as error:
         raise ReconcileError("TopicReady", "KafkaForbidden", f"topic {topic}: {error}") from error
+    except CredentialsError as error:
+        raise ReconcileError("TopicReady", "KafkaCredentialsMissing", str(error)) from error
     except (TopicRefusedError, KafkaException) as error:
         raise ReconcileError(
             "TopicReady",

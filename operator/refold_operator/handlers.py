@@ -8,7 +8,7 @@ from typing import Any
 
 import kopf
 
-from refold_operator.children import COMPONENT_LABEL, MANAGED, PROJECTION_LABEL
+from refold_operator.children import COMPONENT_LABEL, MANAGED, PROJECTION_LABEL, STREAM_LABEL
 from refold_operator.cluster import GROUP, VERSION
 from refold_operator.controller import Controller
 from refold_operator.installation import Installation
@@ -82,6 +82,13 @@ async def child_changed(memo: Any, namespace: str | None, labels: Any, **_: Any)
     """Something that was made for a Projection was changed, by someone or by its own progress."""
     controller: Controller = memo.controller
     controller.queue.add(_key("Projection", namespace, labels[PROJECTION_LABEL]))
+
+
+@kopf.on.event("", "v1", "secrets", labels={STREAM_LABEL: kopf.PRESENT})
+async def consumer_secret_changed(memo: Any, namespace: str | None, labels: Any, **_: Any) -> None:
+    """The Secret of an EventStream's consumers was changed."""
+    controller: Controller = memo.controller
+    controller.queue.add(_key("EventStream", namespace, labels[STREAM_LABEL]))
 
 
 @kopf.on.event("", "v1", "secrets", labels={COMPONENT_LABEL: kopf.ABSENT})

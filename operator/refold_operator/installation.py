@@ -1,7 +1,7 @@
-"""What every installation needs before its first resource: the stores, and the logins of event store and relay.
+"""What every installation needs before its first resource: the stores, the logins of event store and relay, its ACLs.
 
-Their DSNs are put into Secrets that the chart's Deployments wait for. Run at the start, with every resync, and when
-one of the Secrets was changed; a database that isn't there yet is waited for.
+The logins' DSNs are put into Secrets that the chart's Deployments wait for. Run at the start, with every resync, and
+when one of the Secrets was changed; a database that isn't there yet is waited for.
 """
 
 import asyncio
@@ -10,12 +10,15 @@ from collections.abc import Callable
 
 import psycopg
 import structlog
+from confluent_kafka import KafkaException
 from refold.eventstore.errors import EventStoreError
 from refold.projection.readstore import ReadStoreError
 
 from refold_operator import children, cluster, credentials, metrics
+from refold_operator.access import Access
 from refold_operator.cluster import Cluster
-from refold_operator.errors import UnreachableError
+from refold_operator.errors import ForbiddenError, UnreachableError
+from refold_operator.kafka import TopicRefusedError
 from refold_operator.readstore import ReadStore
 from refold_operator.store import Store
 from refold_operator.workqueue import backoff
@@ -25,14 +28,21 @@ _log = structlog.get_logger(__name__)
 _KEY_SECRET = "refold-operator-key"  # noqa: S105 - a name
 
 
+_FORESEEN = (
+    UnreachableError, ForbiddenError, cluster.RefusedError, EventStoreError, ReadStoreError, psycopg.Error,
+    KafkaException, TopicRefusedError,
+)  # fmt: skip
+
+
 class Installation:
     """The installation in one namespace."""
 
-    def __init__(self, *, namespace: str, cluster: Cluster, store: Store, readstore: ReadStore) -> None:
+    def __init__(self, *, namespace: str, cluster: Cluster, store: Store, readstore: ReadStore, access: Access) -> None:
         self.namespace = namespace
         self._cluster = cluster
         self._store = store
         self._readstore = readstore
+        self._access = access
         self._wake = asyncio.Event()
         #: The key of passwords, once it is known.
         self.key: bytes | None = None
@@ -50,7 +60,7 @@ class Installation:
             self._wake.clear()
             try:
                 await self.ensure()
-            except (UnreachableError, cluster.RefusedError, EventStoreError, ReadStoreError, psycopg.Error) as error:
+            except _FORESEEN as error:
                 failures += 1
                 pause = min(backoff(failures), 15.0)
                 metrics.INSTALLED.set(0)
@@ -72,7 +82,8 @@ class Installation:
         """Put in place what is missing or differs.
 
         Raises:
-            UnreachableError: a database or the API server is away.
+            UnreachableError: a database, Kafka or the API server is away.
+            ForbiddenError: Kafka doesn't authorise the operator.
             RefusedError: the API server refuses a Secret.
             EventStoreError, ReadStoreError, psycopg.Error: a store refuses to be installed.
         """
@@ -85,6 +96,7 @@ class Installation:
             if known is None or not cluster.covers(known, secret):
                 await self._cluster.apply(secret)
                 _log.info("applied", kind="Secret", namespace=self.namespace, name=f"refold-{part}")
+        await self._access.install(key=self.key, store_id=await self._store.id())
 
     async def _ensure_key(self, key: bytes | None) -> bytes:
         """Return the key that stands in the Secret, putting `key` or a new one there where it is missing."""

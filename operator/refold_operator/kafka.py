@@ -1,4 +1,4 @@
-"""Kafka topics: look, create, configure, delete.
+"""Kafka topics, ACLs and SCRAM users: look, create, configure, delete.
 
 `confluent_kafka`'s admin client answers with futures of its own thread; here they are awaited.
 """
@@ -6,11 +6,14 @@
 import asyncio
 import concurrent.futures
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import (
+    AclBinding,
+    AclBindingFilter,
+    AclOperation,
     AdminClient,
     AlterConfigOpType,
     ConfigEntry,
@@ -18,6 +21,11 @@ from confluent_kafka.admin import (
     ConfigSource,
     NewTopic,
     ResourceType,
+    ScramCredentialInfo,
+    ScramMechanism,
+    UserScramCredentialAlteration,
+    UserScramCredentialDeletion,
+    UserScramCredentialUpsertion,
 )
 from refold.kafka import Brokers
 
@@ -30,6 +38,8 @@ _REFUSALS = {
     KafkaError.POLICY_VIOLATION, KafkaError.TOPIC_EXCEPTION, KafkaError.INVALID_REQUEST,
     KafkaError.TOPIC_DELETION_DISABLED, KafkaError.UNSUPPORTED_VERSION,
 }  # fmt: skip
+# Answers that a caller of `_answer` knows what to make of.
+_EXPECTED = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.TOPIC_ALREADY_EXISTS, KafkaError.RESOURCE_NOT_FOUND}
 _FORBIDDEN = {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED}
 
 
@@ -142,6 +152,70 @@ class Kafka:
             if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
                 raise
 
+    async def may_manage_access(self) -> bool:
+        """Tell whether the operator may look at and change ACLs and users.
+
+        To be asked before: without the right to describe, librdkafka's answers about ACLs are empty, and
+        confluent-kafka 2.16 ends the process (heap corruption) where the description of a user is refused.
+        """
+        description = await self._answer(
+            self._admin.describe_cluster(include_authorized_operations=True, request_timeout=_TIMEOUT_SECONDS)
+        )
+        return {AclOperation.DESCRIBE, AclOperation.ALTER} <= set(description.authorized_operations or ())
+
+    async def acls(self, which: AclBindingFilter) -> set[AclBinding]:
+        """Return the ACLs that `which` chooses."""
+        return set(await self._answer(self._admin.describe_acls(which, request_timeout=_TIMEOUT_SECONDS)))
+
+    async def change_acls(self, *, add: Iterable[AclBinding], drop: Iterable[AclBinding]) -> None:
+        """Add ACLs, then drop others; what is so already is no error.
+
+        Raises:
+            ForbiddenError: the operator may not change ACLs, or the brokers have no authorizer.
+        """
+        added = sorted(add)
+        futures = list(self._admin.create_acls(added, request_timeout=_TIMEOUT_SECONDS).values()) if added else []
+        filters = [
+            AclBindingFilter(
+                one.restype, one.name, one.resource_pattern_type, one.principal, one.host, one.operation,
+                one.permission_type,
+            )
+            for one in sorted(drop)
+        ]  # fmt: skip
+        if filters:
+            futures += self._admin.delete_acls(filters, request_timeout=_TIMEOUT_SECONDS).values()
+        for future in futures:
+            await self._answer(future)
+
+    async def scram(self, user: str) -> Mapping[ScramMechanism, int] | None:
+        """Return the iterations of a user's credentials by mechanism, None where there is no such user."""
+        # futures by user; of all users at once it would be one
+        futures: Any = self._admin.describe_user_scram_credentials([user], request_timeout=_TIMEOUT_SECONDS)
+        try:
+            found = await self._answer(futures[user])
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.RESOURCE_NOT_FOUND:
+                return None
+            raise
+        return {info.mechanism: info.iterations for info in found.scram_credential_infos}
+
+    async def set_scram(self, user: str, mechanism: ScramMechanism, iterations: int, password: str) -> None:
+        """Make a user, or change its password."""
+        credential = ScramCredentialInfo(mechanism, iterations)
+        await self._alter(UserScramCredentialUpsertion(user, credential, password.encode()))
+
+    async def drop_scram(self, user: str, mechanism: ScramMechanism) -> None:
+        """Drop a user's credentials; those that are gone are no error."""
+        try:
+            await self._alter(UserScramCredentialDeletion(user, mechanism))
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.RESOURCE_NOT_FOUND:
+                raise
+
+    async def _alter(self, alteration: UserScramCredentialAlteration) -> None:
+        futures = self._admin.alter_user_scram_credentials([alteration], request_timeout=_TIMEOUT_SECONDS)
+        await self._answer(futures[alteration.user])
+
     async def _answer(self, future: "concurrent.futures.Future[Any]") -> Any:
         """Await an answer; outages and refusals become errors of their own, the rest stays a KafkaException."""
         try:
@@ -151,8 +225,13 @@ class Kafka:
             raise self._unreachable(f"no answer within {_TIMEOUT_SECONDS + 10:.0f} s") from None
         except KafkaException as error:
             answer = error.args[0]
-            if answer.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.TOPIC_ALREADY_EXISTS):
+            if answer.code() in _EXPECTED:
                 raise
+            if answer.code() == KafkaError.SECURITY_DISABLED:
+                raise ForbiddenError(
+                    f"the brokers of {self._system} have no authorizer, so ACLs can't be managed: configure one "
+                    "(authorizer.class.name), or set kafka.security.manageAcls to false"
+                ) from error
             if answer.code() in _FORBIDDEN:
                 raise ForbiddenError(
                     f"{self._system} knows the operator and doesn't authorise this ({answer.name()}): "

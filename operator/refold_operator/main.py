@@ -11,6 +11,7 @@ from refold import kafka, logs
 from refold.web.probes import Probes
 
 from refold_operator import handlers
+from refold_operator.access import Access
 from refold_operator.cluster import Cluster
 from refold_operator.controller import NUMBERS_SECONDS, Controller
 from refold_operator.database import Database
@@ -50,11 +51,16 @@ async def run(settings: Settings) -> None:
     store_database = Database(settings.store_admin_dsn.get_secret_value(), "event store")
     read_database = Database(settings.readstore_admin_dsn.get_secret_value(), "read store")
     store, readstore = Store(store_database), ReadStore(read_database)
-    installation = Installation(namespace=settings.namespace, cluster=cluster, store=store, readstore=readstore)
-    brokers = settings.brokers()
-    kafka.end_when_changed(brokers)
+    for brokers in (settings.brokers(), settings.projectors()):
+        if brokers is not None:
+            kafka.end_when_changed(brokers)
+    topics = Kafka(settings.brokers())
+    access = Access(settings, topics)
+    installation = Installation(
+        namespace=settings.namespace, cluster=cluster, store=store, readstore=readstore, access=access
+    )
     controller = Controller(
-        settings, cluster=cluster, store=store, readstore=readstore, kafka=Kafka(brokers),
+        settings, cluster=cluster, store=store, readstore=readstore, kafka=topics, access=access,
         installation=installation,
     )  # fmt: skip
     pulse = _Pulse()

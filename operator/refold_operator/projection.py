@@ -13,19 +13,23 @@ from typing import Any
 import psycopg
 import pydantic
 import structlog
+from confluent_kafka import KafkaException
 from refold import names
 from refold.eventstore.catalog import Stream
 from refold.eventstore.errors import ConflictError as StoreConflictError
 from refold.eventstore.errors import EventStoreError
+from refold.kafka import Brokers, CredentialsError
 from refold.projection import definition as definitions
 from refold.projection.definition import StreamRef, VersionDefinition
 from refold.projection.readstore import ConflictError, ProjectionStatus, ReadStoreError, VersionStatus
 
 from refold_operator import children, cluster, credentials
+from refold_operator.access import Access
 from refold_operator.children import Image
 from refold_operator.cluster import Cluster, Object
 from refold_operator.delegation import Account, Delegation
-from refold_operator.errors import ReconcileError, UnreachableError
+from refold_operator.errors import ForbiddenError, ReconcileError, UnreachableError
+from refold_operator.kafka import TopicRefusedError
 from refold_operator.readstore import ReadStore
 from refold_operator.resources import REBUILD_ANNOTATION, TAKE_OVER_ANNOTATION, Projection
 from refold_operator.status import Condition, ConditionStatus, Status
@@ -55,8 +59,9 @@ class Surroundings:
     store: Store
     readstore: ReadStore
     image: Image
-    kafka_bootstrap: str
     delegation: Delegation
+    brokers: Brokers
+    access: Access
     key: bytes | None
 
 
@@ -148,6 +153,8 @@ async def finalize(projection: Projection, around: Surroundings) -> None:
     schema = names.read_schema(namespace, name)
     with _store_errors():
         await around.store.drop_login(_store_login(around, schema))
+    with _store_errors(), _kafka_errors():
+        await around.access.drop_projection(projection)
     with _readstore_errors():
         if projection.spec.deletion_policy == "Retain":
             await around.readstore.release(namespace=namespace, name=name, uid=projection.metadata.uid)
@@ -232,13 +239,18 @@ async def _apply(
     role = _store_login(around, names.read_schema(namespace, name))
     with _store_errors():
         store_dsn = await around.store.projector_login(role, credentials.password(around.key, role), readable)
+    with _store_errors(), _kafka_errors():
+        topics = {ref.topic for version in versions for ref in folded[version].streams}
+        kafka_files, put_right = await around.access.projection(projection, topics)
+    if put_right:
+        found.append(put_right)
     query_secret = children.query_secret(projection, readstore_dsn=logins.query)
     wanted = [query_secret, children.query_service(projection)]
     for version in sorted(versions):
-        secret = children.projector_secret(projection, version, store_dsn=store_dsn, readstore_dsn=logins.projector)
-        deployment = children.projector(
-            projection, version, image=around.image, kafka_bootstrap=around.kafka_bootstrap, secret=secret
+        secret = children.projector_secret(
+            projection, version, store_dsn=store_dsn, readstore_dsn=logins.projector, kafka_files=kafka_files
         )
+        deployment = children.projector(projection, version, image=around.image, brokers=around.brokers, secret=secret)
         wanted += [secret, deployment]
     with _cluster_errors():
         there = {
@@ -499,6 +511,21 @@ def _store_errors() -> Iterator[None]:
         raise ReconcileError("Ready", "StoreUnreachable", str(error)) from error
     except (EventStoreError, psycopg.Error) as error:
         raise ReconcileError("Ready", "StoreError", f"the event store answered: {error}") from error
+
+
+@contextlib.contextmanager
+def _kafka_errors() -> Iterator[None]:
+    """Turn Kafka's errors about the projectors' user into conditions."""
+    try:
+        yield
+    except UnreachableError as error:
+        raise ReconcileError("Ready", error.reason or "KafkaUnreachable", str(error)) from error
+    except ForbiddenError as error:
+        raise ReconcileError("Ready", "KafkaForbidden", str(error)) from error
+    except CredentialsError as error:
+        raise ReconcileError("Ready", "KafkaCredentialsMissing", str(error)) from error
+    except (TopicRefusedError, KafkaException) as error:
+        raise ReconcileError("Ready", "KafkaRefused", f"Kafka refused the projectors' user: {error}") from error
 
 
 @contextlib.contextmanager

@@ -45,6 +45,11 @@ class Store:
                 logins[part] = dsn.login(self.database.dsn, role, password)
         return logins
 
+    async def id(self) -> str:
+        """Return the store's id, 16 hex digits."""
+        async with self.database.connection() as connection:
+            return await catalog.store_id(connection)
+
     async def stream(self, namespace: str, name: str) -> Stream | None:
         """Return a stream of the catalog, in whatever state."""
         async with self.database.connection() as connection:

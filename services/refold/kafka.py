@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 import structlog
 from pydantic import model_validator
-from pydantic_settings import BaseSettings
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 SecurityProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
 Mechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
@@ -34,7 +34,7 @@ FILES = (USERNAME, PASSWORD, CERTIFICATE, KEY, CA)
 #: What was said of a connection is of use for so many seconds; librdkafka may say the same only every 30.
 _FRESH_SECONDS = 35.0
 _SAME_SECONDS = 30.0
-_LOOK_SECONDS = 10.0
+_LOOK_SECONDS = 2.0
 #: As librdkafka tells a failed connection: broker, what happened, in which state it was.
 _FAILURE = re.compile(
     r"FAIL \[.*?\] \[thrd:.*?\]: (?P<broker>\S+?)(?:/\w+)?: (?P<what>.*) \(after (?P<ms>\d+)ms in state (?P<state>\w+)"
@@ -56,6 +56,8 @@ class Trouble(NamedTuple):
 
 class Settings(BaseSettings):
     """The settings of a process that speaks to Kafka; that process's own extend them."""
+
+    model_config = SettingsConfigDict(env_prefix="REFOLD_")
 
     #: `host:port`, several with commas.
     kafka_bootstrap: str
@@ -159,6 +161,13 @@ class Brokers:
             )
         return found
 
+    def files(self) -> dict[str, str]:
+        """Return the credentials as they would stand in a Secret, with the authority and the user's name."""
+        found = {file: self._read(file) for file in FILES} | {CA: self.authority()}
+        if self.protocol.startswith("SASL"):
+            found[USERNAME] = self.username()
+        return {file: text for file, text in found.items() if text is not None}
+
     def trouble(self) -> Trouble | None:
         """Return what was wrong with the last connections, where that was heard a moment ago."""
         if self._trouble is None or time.monotonic() - self._trouble[0] > _FRESH_SECONDS:
@@ -223,10 +232,11 @@ def explain(brokers: Brokers, broker: str, what: str, state: str, milliseconds: 
             f"{at}the broker refuses our certificate, or asks for one ({what}); look at user.crt and user.key",
         )
     at_once = state not in ("UP", "UPDATE") or milliseconds < 100
-    if "PLAINTEXT broker" in what or ("losed by peer" in what and at_once):
+    other_protocol = "PLAINTEXT broker" in what or "Invalid response size" in what
+    if other_protocol or ("losed by peer" in what and at_once):
         return Trouble(
             "ConnectionClosed",
-            f"{at}the broker closed the connection at once ({what}); does this listener speak {brokers.protocol}?",
+            f"{at}the connection ended at once ({what}); does this listener speak {brokers.protocol}?",
         )
     if state in ("UP", "UPDATE"):
         return None

@@ -10,6 +10,8 @@ import hashlib
 APPENDED_CHANNEL = "refold_appended"
 #: The first of the two int4 keys of every advisory lock of a relay shard ("Refo"); the second is the shard.
 RELAY_LOCK = 0x5265666F
+#: The name of a consumer group that the relay reads its checkpoints with, without joining it.
+RELAY_GROUP = "refold.relay"
 _PG_IDENTIFIER_BYTES = 63
 
 
@@ -43,12 +45,40 @@ def checkpoint_topic(store_id: str) -> str:
 
 def relay_transactional_id(store_id: str, shard: int) -> str:
     """Return the `transactional.id` of a relay shard, by which Kafka fences its former owners."""
-    return f"refold.relay.{store_id}.{shard}"
+    return f"{relay_transactional_ids(store_id)}{shard}"
 
 
 def consumer_group(namespace: str, name: str, version: str) -> str:
     """Return the Kafka consumer group of one version of a Projection."""
-    return f"refold.{namespace}.{name}.{version}"
+    return f"{projector_groups(namespace, name)}{version}"
+
+
+def kafka_user(store_id: str, namespace: str, name: str, part: str) -> str:
+    """Return a SCRAM user that the operator makes; `part` is consumer (of an EventStream) or projector.
+
+    Users belong to the whole Kafka cluster, so their names carry the store's id: no other installation's are like it.
+    """
+    return f"refold.{store_id}.{namespace}.{name}.{part}"
+
+
+def consumer_groups(namespace: str, name: str) -> str:
+    """Return how the names of groups begin that the consumers of an EventStream may use."""
+    return f"consumers.{namespace}.{name}."
+
+
+def projector_groups(namespace: str, name: str) -> str:
+    """Return how the names of the consumer groups of a Projection's versions begin."""
+    return f"refold.{namespace}.{name}."
+
+
+def relay_transactional_ids(store_id: str) -> str:
+    """Return how the transactional ids of a store's relay shards begin."""
+    return f"refold.relay.{store_id}."
+
+
+def consumer_name(stream: str) -> str:
+    """Return the name of the Secret for those who read an EventStream's topic."""
+    return f"{stream}-consumer"
 
 
 def store_role(database: str, part: str) -> str:

@@ -3,17 +3,20 @@
 import asyncio
 import itertools
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 import pytest
 from refold.eventstore import catalog
 from refold.kafka import Brokers, Settings
 from refold_operator import credentials, eventstream, resources
+from refold_operator.access import Access
+from refold_operator.cluster import Cluster
 from refold_operator.database import Database
 from refold_operator.errors import ReconcileError
 from refold_operator.eventstream import Result
 from refold_operator.kafka import Kafka
+from refold_operator.settings import AccessSettings
 from refold_operator.store import Store
 
 from hack.servers import Kafka as KafkaServer
@@ -21,6 +24,9 @@ from hack.servers import Postgres
 
 KEY = b"k" * credentials.KEY_BYTES
 MESSAGE_BYTES = {"max.message.bytes": "1048588"}
+#: Users and ACLs are left alone, so neither Kafka nor the cluster is asked about them.
+UNMANAGED = Access(AccessSettings(kafka_bootstrap="nowhere:9092"), cast("Kafka", None))
+NO_CLUSTER = cast("Cluster", None)
 _numbers = itertools.count(1)
 
 
@@ -55,7 +61,13 @@ async def reconcile(stream: resources.EventStream, store: Store, topics: Kafka) 
     """Reconcile, trying again while Kafka's answers are still on their way."""
     for _ in range(20):
         result = await eventstream.reconcile(
-            stream, store=store, kafka=topics, default_replicas=1, event_bytes=512 * 1024
+            stream,
+            store=store,
+            kafka=topics,
+            access=UNMANAGED,
+            cluster=NO_CLUSTER,
+            default_replicas=1,
+            event_bytes=512 * 1024,
         )
         if result.conditions[0].reason != "TopicPending":
             break
@@ -154,7 +166,7 @@ async def test_a_foreign_topic_is_refused_until_it_is_gone(store: Store, topics:
     assert ready(result) == ("False", "TopicConflict")
     assert result.failed
     assert await store.stream("shop", name) is None, "a topic that isn't ours isn't claimed"
-    await eventstream.finalize(resource(name, deletionPolicy="Delete"), store=store, kafka=topics)
+    await eventstream.finalize(resource(name, deletionPolicy="Delete"), store=store, kafka=topics, access=UNMANAGED)
     assert await topics.topic(f"shop.{name}") == foreign, "deletion leaves what was never ours"
     await topics.delete(f"shop.{name}")
     await until(topics, f"shop.{name}", there=False)
@@ -221,7 +233,7 @@ async def test_what_kafka_refuses_is_said_with_its_words(store: Store, topics: K
 async def test_retain_leaves_all_and_the_same_name_takes_it_back(store: Store, topics: Kafka, name: str) -> None:
     await reconcile(resource(name), store, topics)
     before = await topics.topic(f"shop.{name}"), await store.stream("shop", name)
-    await eventstream.finalize(resource(name), store=store, kafka=topics)
+    await eventstream.finalize(resource(name), store=store, kafka=topics, access=UNMANAGED)
     released = await store.stream("shop", name)
     assert released is not None
     assert (released.state, released.uid) == ("released", None)
@@ -236,13 +248,13 @@ async def test_retain_leaves_all_and_the_same_name_takes_it_back(store: Store, t
 async def test_delete_drops_topic_and_schema(store: Store, topics: Kafka, name: str) -> None:
     stream = resource(name, deletionPolicy="Delete")
     await reconcile(stream, store, topics)
-    await eventstream.finalize(stream, store=store, kafka=topics)
+    await eventstream.finalize(stream, store=store, kafka=topics, access=UNMANAGED)
     assert await store.stream("shop", name) is None
     await until(topics, f"shop.{name}", there=False)
     async with store.database.connection() as connection:
         cursor = await connection.execute("select from pg_namespace where nspname = %s", [f"shop.{name}"])
         assert await cursor.fetchone() is None
-    await eventstream.finalize(stream, store=store, kafka=topics)
+    await eventstream.finalize(stream, store=store, kafka=topics, access=UNMANAGED)
 
 
 async def test_delete_leaves_a_topic_that_someone_made_again(store: Store, topics: Kafka, name: str) -> None:
@@ -253,14 +265,16 @@ async def test_delete_leaves_a_topic_that_someone_made_again(store: Store, topic
     await topics.create(f"shop.{name}", partitions=1, replicas=1, config={})
     await until(topics, f"shop.{name}", there=True)
     assert ready(await reconcile(stream, store, topics)) == ("False", "TopicConflict")
-    await eventstream.finalize(stream, store=store, kafka=topics)
+    await eventstream.finalize(stream, store=store, kafka=topics, access=UNMANAGED)
     assert await topics.topic(f"shop.{name}") is not None
     assert await store.stream("shop", name) is None
 
 
 async def test_deletion_leaves_another_resources_stream(store: Store, topics: Kafka, name: str) -> None:
     await reconcile(resource(name), store, topics)
-    await eventstream.finalize(resource(name, uid="u-2", deletionPolicy="Delete"), store=store, kafka=topics)
+    await eventstream.finalize(
+        resource(name, uid="u-2", deletionPolicy="Delete"), store=store, kafka=topics, access=UNMANAGED
+    )
     claim = await store.stream("shop", name)
     assert claim is not None
     assert claim.state == "active"
@@ -300,8 +314,12 @@ async def test_an_outage_of_kafka_is_a_condition_and_passes(
         assert ready(result) == ("False", "KafkaUnreachable")
         assert {each.type: each.status for each in result.conditions}["StoreReady"] == "True"
         with pytest.raises(ReconcileError, match="KafkaUnreachable"):
-            await eventstream.finalize(resource(name, deletionPolicy="Delete"), store=store, kafka=topics)
-        await eventstream.finalize(resource(name), store=store, kafka=topics)  # Retain doesn't need Kafka
+            await eventstream.finalize(
+                resource(name, deletionPolicy="Delete"), store=store, kafka=topics, access=UNMANAGED
+            )
+        await eventstream.finalize(
+            resource(name), store=store, kafka=topics, access=UNMANAGED
+        )  # Retain doesn't need Kafka
     finally:
         kafka.start()
     for _ in range(20):
@@ -321,7 +339,7 @@ async def test_an_outage_of_postgresql_is_a_condition_and_passes(
         assert ready(result) == ("False", "StoreUnreachable")
         assert "refused" in result.conditions[0].message
         with pytest.raises(ReconcileError, match="StoreUnreachable"):
-            await eventstream.finalize(resource(name), store=store, kafka=topics)
+            await eventstream.finalize(resource(name), store=store, kafka=topics, access=UNMANAGED)
     finally:
         postgres.start()
     assert ready(await reconcile(resource(name), store, topics)) == ("True", "Active")

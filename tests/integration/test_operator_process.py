@@ -43,14 +43,17 @@ _numbers = itertools.count(1)
 class Operator:
     """`refold operator` with databases of its own; the administrator is no superuser."""
 
-    def __init__(self, api: ApiServer, postgres: Postgres, kafka: Kafka, databases: tuple[str, str]) -> None:
+    def __init__(
+        self, api: ApiServer, postgres: Postgres, kafka: Kafka, databases: tuple[str, str], **environment: str
+    ) -> None:
+        admin = f"{databases[0]}_admin"
         self.port = free_port()
         self.store, self.readstore = databases
         with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
-            connection.execute("create role operator_admin login createrole password 'local'")
+            connection.execute(f"create role {admin} login createrole password 'local'")
             for database in databases:
-                connection.execute(f"create database {database} owner operator_admin")
-        self.admin = {name: postgres.dsn(name, user="operator_admin", password="local") for name in databases}
+                connection.execute(f"create database {database} owner {admin}")
+        self.admin = {name: postgres.dsn(name, user=admin, password="local") for name in databases}
         self._process = Process(
             [sys.executable, "-c", "from refold.cli.main import app; app()", "operator"],
             Path(tempfile.mkdtemp(prefix="refold-operator-")) / "log",
@@ -62,6 +65,7 @@ class Operator:
                 "REFOLD_IMAGE": "refold/refold:test",
                 "REFOLD_NAMESPACE": "refold-system",
                 "REFOLD_PORT": str(self.port),
+                **environment,
             },
         )
 

@@ -27,6 +27,10 @@ EXTERNAL: dict[str, Any] = {
     "readStore": {"adminSecret": "my-read-store"},
     "kafka": {"bootstrapServers": "kafka-0:9092,kafka-1:9092"},
 }
+SECURITY: dict[str, Any] = {
+    "protocol": "SASL_SSL", "relaySecret": "my-relay", "operatorSecret": "my-operator", "projectorSecret": "my-reader",
+    "caSecret": "my-ca",
+}  # fmt: skip
 BOTH = pytest.mark.parametrize("values", [EMBEDDED, EXTERNAL], ids=["embedded", "external"])
 
 Manifest = dict[str, Any]
@@ -105,6 +109,10 @@ def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
+SECURED = merged(EXTERNAL, {"kafka": {"security": SECURITY}})
+PRINCIPALS = {"relayPrincipal": "User:relay", "projectorPrincipal": "User:reader"}
+WITH_PRINCIPALS = merged(SECURED, {"kafka": {"security": PRINCIPALS}})
+WITH_ACLS = merged(WITH_PRINCIPALS, at("kafka.security.manageAcls", True))
 DEFAULTS = yaml.safe_load((CHART / "values.yaml").read_text())
 RESOURCES = {"requests": {"cpu": "7m"}, "limits": {"memory": "77Mi"}}
 #: Another than the default for every value, with what else must be set for it to matter.
@@ -117,6 +125,16 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "readStore.adminSecret": ("other", EXTERNAL),
     "kafka.bootstrapServers": ("other:9092", EXTERNAL),
     "kafka.replicas": (3, EXTERNAL),
+    "kafka.security.protocol": ("SSL", EXTERNAL),
+    "kafka.security.mechanism": ("PLAIN", SECURED),
+    "kafka.security.caSecret": ("other", SECURED),
+    "kafka.security.relaySecret": ("other", SECURED),
+    "kafka.security.operatorSecret": ("other", SECURED),
+    "kafka.security.projectorSecret": ("other", SECURED),
+    "kafka.security.manageUsers": (True, SECURED),
+    "kafka.security.manageAcls": (True, WITH_PRINCIPALS),
+    "kafka.security.relayPrincipal": ("User:other", WITH_ACLS),
+    "kafka.security.projectorPrincipal": ("User:other", WITH_ACLS),
     "operator.resources": (RESOURCES, EMBEDDED),
     "eventstore.replicas": (1, EMBEDDED),
     "eventstore.liveReaders": (50, EMBEDDED),
@@ -149,6 +167,25 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "embedded.kafka.heap": ("77m", EMBEDDED),
     "embedded.kafka.resources": (RESOURCES, EMBEDDED),
 }
+
+
+def kafka_of(manifests: list[Manifest], process: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Return what a process is told of Kafka: its variables, and its Secrets by folder."""
+    pod = one(manifests, "Deployment", f"refold-{process}")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    secrets = {volume["name"]: volume["secret"] for volume in pod["volumes"] if "secret" in volume}
+    assert all(secret["defaultMode"] == 0o440 for secret in secrets.values())
+    mounts = {
+        mount["mountPath"]: secrets[mount["name"]]["secretName"]
+        for mount in container["volumeMounts"]
+        if mount["name"] in secrets
+    }
+    variables = {
+        variable["name"].removeprefix("REFOLD_KAFKA_"): variable["value"]
+        for variable in container["env"]
+        if variable["name"].startswith("REFOLD_KAFKA_")
+    }
+    return variables, mounts
 
 
 def without_random(manifests: list[Manifest]) -> list[Manifest]:
@@ -221,6 +258,9 @@ def test_an_unknown_value_is_refused(parent: str) -> None:
         ("image.pullPolicy", "Sometimes"),
         ("image.tag", "a b"),
         ("kafka.bootstrapServers", "kafka"),
+        ("kafka.security.protocol", "TLS"),
+        ("kafka.security.mechanism", "GSSAPI"),
+        ("kafka.security.relayPrincipal", "relay"),
         ("kafka.bootstrapServers", "kafka:9092, other:9092"),
         ("eventstore.service.nodePort", 70000),
         ("embedded.enabled", "yes"),
@@ -428,6 +468,81 @@ def test_values_of_0_1_come_along_and_its_shared_token_is_refused_with_what_to_d
     message = refusal(merged(EMBEDDED, at("auth.existingSecret", "my-token")))
     assert "auth.existingSecret is of Refold 0.1" in message
     assert "docs/authorisation.md" in message
+
+
+# --- Kafka ---
+
+
+def test_without_security_a_process_is_told_where_kafka_is_and_nothing_else() -> None:
+    for process in ("relay", "operator"):
+        variables, mounts = kafka_of(render(EXTERNAL), process)
+        assert set(variables) == {"BOOTSTRAP"}
+        assert not mounts
+
+
+def test_relay_and_operator_log_in_with_secrets_of_their_own() -> None:
+    manifests = render(SECURED)
+    common = {
+        "BOOTSTRAP": EXTERNAL["kafka"]["bootstrapServers"], "SECURITY_PROTOCOL": "SASL_SSL",
+        "SASL_MECHANISM": "SCRAM-SHA-512", "CREDENTIALS": "/etc/refold/kafka/login",
+        "CA": "/etc/refold/kafka/ca/ca.crt",
+    }  # fmt: skip
+    variables, mounts = kafka_of(manifests, "relay")
+    assert variables == common | {"USERNAME": "my-relay"}
+    assert mounts == {"/etc/refold/kafka/login": "my-relay", "/etc/refold/kafka/ca": "my-ca"}
+    variables, mounts = kafka_of(manifests, "operator")
+    assert variables == common | {
+        "USERNAME": "my-operator", "PROJECTOR_USERNAME": "my-reader",
+        "PROJECTOR_CREDENTIALS": "/etc/refold/kafka/projectors",
+    }  # fmt: skip
+    assert mounts == {
+        "/etc/refold/kafka/login": "my-operator", "/etc/refold/kafka/ca": "my-ca",
+        "/etc/refold/kafka/projectors": "my-reader",
+    }  # fmt: skip
+
+
+def test_an_operator_that_makes_users_gets_no_credentials_of_projectors() -> None:
+    variables, mounts = kafka_of(render(merged(SECURED, at("kafka.security.manageUsers", True))), "operator")
+    assert variables["MANAGE_USERS"] == "true"
+    assert "my-reader" not in mounts.values()
+    assert not [name for name in variables if name.startswith("PROJECTOR")]
+
+
+@pytest.mark.parametrize("values", [None, "manageUsers", "manageAcls", "SSL"])
+def test_a_process_takes_what_the_chart_tells_it_of_kafka(values: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = {
+        None: SECURED, "manageUsers": merged(SECURED, at("kafka.security.manageUsers", True)), "manageAcls": WITH_ACLS,
+        "SSL": merged(EXTERNAL, at("kafka.security.protocol", "SSL")),
+    }  # fmt: skip
+    for process, module, kind in (
+        ("relay", "refold.kafka", "Settings"), ("operator", "refold_operator.settings", "AccessSettings"),
+    ):  # fmt: skip
+        with monkeypatch.context() as environment:
+            variables, _ = kafka_of(render(layers[values]), process)
+            for name, value in variables.items():
+                environment.setenv(f"REFOLD_KAFKA_{name}", value)
+            getattr(importlib.import_module(module), kind)()
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        ({"relaySecret": ""}, "relaySecret"),
+        ({"operatorSecret": ""}, "operatorSecret"),
+        ({"projectorSecret": ""}, "projectorSecret"),
+        ({"manageUsers": True, "mechanism": "PLAIN"}, "SCRAM"),
+        ({"manageUsers": True, "protocol": "SSL"}, "SCRAM"),
+        ({"manageAcls": True}, "relayPrincipal"),
+        ({"manageAcls": True, "relayPrincipal": "User:relay"}, "projectorPrincipal"),
+    ],
+)
+def test_security_that_cant_work_is_refused_with_what_is_missing(changes: dict[str, Any], missing: str) -> None:
+    assert missing in refusal(merged(SECURED, {"kafka": {"security": changes}}))
+
+
+def test_the_embedded_kafka_speaks_plaintext_only() -> None:
+    values = merged(EMBEDDED, {"kafka": {"security": SECURITY}})
+    assert "the embedded Kafka speaks PLAINTEXT only" in refusal(values)
 
 
 # --- rights ---

@@ -2,11 +2,13 @@
 
 import base64
 import datetime as dt
+from pathlib import Path
 from typing import Any
 
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import ValidationError
+from refold import kafka
 from refold.eventstore.catalog import Stream
 from refold.projection.readstore import PartitionStatus, ProjectionStatus, VersionStatus
 from refold_operator import children, credentials, dsn, eventstream, projection, resources
@@ -16,7 +18,7 @@ from refold_operator.errors import ReconcileError
 from refold_operator.eventstream import Create, Keep, Refuse, plan_topic
 from refold_operator.kafka import Topic
 from refold_operator.projection import plan_versions, progress
-from refold_operator.settings import Settings
+from refold_operator.settings import AccessSettings, Settings
 from refold_operator.status import Condition, conditions, merge_patch, only_numbers_changed
 
 CLUSTER = "kafka-one"
@@ -196,11 +198,12 @@ def owner(**spec: Any) -> resources.Projection:
 
 
 IMAGE = Image("refold/refold:1", "IfNotPresent")
+BROKERS = kafka.Settings(kafka_bootstrap="kafka:9092").brokers()
 
 
 def projector(resource: resources.Projection, *, store_dsn: str = "host=a") -> children.Manifest:
-    secret = children.projector_secret(resource, "abc", store_dsn=store_dsn, readstore_dsn="host=b")
-    return children.projector(resource, "abc", image=IMAGE, kafka_bootstrap="kafka:9092", secret=secret)
+    secret = children.projector_secret(resource, "abc", store_dsn=store_dsn, readstore_dsn="host=b", kafka_files={})
+    return children.projector(resource, "abc", image=IMAGE, brokers=BROKERS, secret=secret)
 
 
 def query(resource: resources.Projection) -> children.Manifest:
@@ -210,6 +213,37 @@ def query(resource: resources.Projection) -> children.Manifest:
 
 
 class TestManifests:
+    def test_a_projector_finds_its_kafka_credentials_where_its_variables_say(self, tmp_path: Path) -> None:
+        brokers = kafka.Settings(
+            kafka_bootstrap="kafka:9093", kafka_security_protocol="SASL_SSL", kafka_credentials=tmp_path
+        ).brokers()
+        files = {"username": "u", "password": "hunter2", "ca.crt": "CA"}
+        secret = children.projector_secret(owner(), "abc", store_dsn="a", readstore_dsn="b", kafka_files=files)
+        made = children.projector(owner(), "abc", image=IMAGE, brokers=brokers, secret=secret)
+        pod = made["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        env = {variable["name"]: variable.get("value") for variable in container["env"]}
+        assert env["REFOLD_KAFKA_SECURITY_PROTOCOL"] == "SASL_SSL"
+        assert env["REFOLD_KAFKA_SASL_MECHANISM"] == "SCRAM-SHA-512"
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        (volume,) = [v for v in pod["volumes"] if v["name"] == mounts[env["REFOLD_KAFKA_CREDENTIALS"]]]
+        assert {item["path"] for item in volume["secret"]["items"]} == set(files), "no DSN is in the folder"
+        assert volume["secret"]["secretName"] == secret["metadata"]["name"]
+        assert "hunter2" not in str(made)
+
+    def test_without_security_a_projector_has_no_kafka_credentials(self) -> None:
+        pod = projector(owner())["spec"]["template"]["spec"]
+        assert [volume["name"] for volume in pod["volumes"]] == ["tmp"]
+        assert "REFOLD_KAFKA_CREDENTIALS" not in str(pod)
+
+    def test_the_secret_for_consumers_belongs_to_the_stream(self) -> None:
+        secret = children.consumer_secret(stream(), {"username": "u", "ca.crt": "CA"})
+        assert secret["metadata"]["name"] == "orders-consumer"
+        (reference,) = secret["metadata"]["ownerReferences"]
+        assert (reference["kind"], reference["name"], reference["uid"]) == ("EventStream", "orders", "u-1")
+        assert children.owned_by(secret, stream())
+        assert base64.b64decode(secret["data"]["ca.crt"]) == b"CA"
+
     @pytest.mark.parametrize("manifest", [projector(owner()), query(owner())], ids=["projector", "query"])
     def test_pods_meet_the_restricted_standard(self, manifest: children.Manifest) -> None:
         pod = manifest["spec"]["template"]["spec"]
@@ -289,8 +323,8 @@ class TestManifests:
         resource = owner()
         long = resource.model_copy(update={"metadata": resource.metadata.model_copy(update={"name": "n" * 40})})
         manifest = children.projector(
-            long, "0123abcd", image=IMAGE, kafka_bootstrap="k",
-            secret=children.projector_secret(long, "0123abcd", store_dsn="", readstore_dsn=""),
+            long, "0123abcd", image=IMAGE, brokers=BROKERS,
+            secret=children.projector_secret(long, "0123abcd", store_dsn="", readstore_dsn="", kafka_files={}),
         )  # fmt: skip
         assert all(len(value) <= 63 for value in manifest["metadata"]["labels"].values())
         assert len(children.query_service(long)["metadata"]["name"]) <= 63
@@ -499,3 +533,17 @@ class TestCredentials:
             )  # type: ignore[arg-type]  # fmt: skip
         assert wrong not in str(refused.value)
         assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing"),
+    [
+        ({"kafka_security_protocol": "SASL_SSL", "kafka_credentials": "x"}, "PROJECTOR_CREDENTIALS"),
+        ({"kafka_security_protocol": "SSL", "kafka_manage_users": True}, "SCRAM"),
+        ({"kafka_manage_acls": True}, "RELAY_PRINCIPAL"),
+        ({"kafka_manage_acls": True, "kafka_relay_principal": "User:relay"}, "PROJECTOR_PRINCIPAL"),
+    ],
+)
+def test_access_that_cant_be_managed_is_refused_at_the_start(settings: dict[str, Any], missing: str) -> None:
+    with pytest.raises(ValidationError, match=missing):
+        AccessSettings(kafka_bootstrap="kafka:9092", **settings)

@@ -99,6 +99,64 @@ refold-kafka.{{ .Release.Namespace }}.svc:9092
 {{- end -}}
 {{- end }}
 
+{{/* Refuses settings of kafka.security that can't work together. */}}
+{{- define "refold.kafkaCheck" -}}
+{{- $sasl := hasPrefix "SASL" .protocol -}}
+{{- if and $sasl (not .relaySecret) }}{{ fail "kafka.security.relaySecret is missing: give the name of a Secret with username and password, or set kafka.security.protocol to one without SASL" }}{{ end -}}
+{{- if and $sasl (not .operatorSecret) }}{{ fail "kafka.security.operatorSecret is missing: give the name of a Secret with username and password, or set kafka.security.protocol to one without SASL" }}{{ end -}}
+{{- if and $sasl (not .projectorSecret) (not .manageUsers) }}{{ fail "kafka.security.projectorSecret is missing: give the name of a Secret with username and password, or set kafka.security.manageUsers=true, so that the operator makes a user for each Projection" }}{{ end -}}
+{{- if and .manageUsers (or (not $sasl) (eq .mechanism "PLAIN")) }}{{ fail "kafka.security.manageUsers makes SCRAM users: it needs kafka.security.protocol SASL_SSL or SASL_PLAINTEXT, and a SCRAM mechanism" }}{{ end -}}
+{{- if and .manageAcls (not .relayPrincipal) }}{{ fail "kafka.security.relayPrincipal is missing: kafka.security.manageAcls needs to know whom to let write, such as User:refold-relay" }}{{ end -}}
+{{- if and .manageAcls (not .manageUsers) (not .projectorPrincipal) }}{{ fail "kafka.security.projectorPrincipal is missing: kafka.security.manageAcls needs to know whom to let read, such as User:refold-projector, or kafka.security.manageUsers" }}{{ end -}}
+{{- end }}
+
+{{/* Variables that tell a process of Kafka. Argument: (list $ name-of-its-Secret). */}}
+{{- define "refold.kafkaEnv" -}}
+{{- $root := first . -}}{{- $secret := last . -}}
+{{- $security := $root.Values.kafka.security -}}
+- {name: REFOLD_KAFKA_BOOTSTRAP, value: {{ include "refold.kafkaBootstrap" $root | quote }}}
+{{- if ne $security.protocol "PLAINTEXT" }}
+{{- if $root.Values.embedded.enabled }}{{ fail "the embedded Kafka speaks PLAINTEXT only: leave kafka.security.protocol, or give your own Kafka and set embedded.enabled=false" }}{{ end }}
+- {name: REFOLD_KAFKA_SECURITY_PROTOCOL, value: {{ $security.protocol }}}
+{{- if hasPrefix "SASL" $security.protocol }}
+- {name: REFOLD_KAFKA_SASL_MECHANISM, value: {{ $security.mechanism }}}
+- {name: REFOLD_KAFKA_USERNAME, value: {{ $secret | quote }}}
+{{- end }}
+{{- if $secret }}
+- {name: REFOLD_KAFKA_CREDENTIALS, value: /etc/refold/kafka/login}
+{{- end }}
+{{- if $security.caSecret }}
+- {name: REFOLD_KAFKA_CA, value: /etc/refold/kafka/ca/ca.crt}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Which Secrets those variables speak of, by the folder's name, as JSON. Argument: (list $ name-of-its-Secret). */}}
+{{- define "refold.kafkaSecrets" -}}
+{{- $root := first . -}}{{- $secret := last . -}}
+{{- $security := $root.Values.kafka.security -}}
+{{- $found := dict -}}
+{{- if ne $security.protocol "PLAINTEXT" -}}
+{{- if $secret }}{{ $_ := set $found "login" $secret }}{{ end -}}
+{{- if $security.caSecret }}{{ $_ := set $found "ca" $security.caSecret }}{{ end -}}
+{{- end -}}
+{{- toJson $found -}}
+{{- end }}
+
+{{/* Mounts of Secrets for Kafka. Argument: what refold.kafkaSecrets returns, as a dict. */}}
+{{- define "refold.kafkaMounts" -}}
+{{- range $folder, $_ := . }}
+- {name: kafka-{{ $folder }}, mountPath: /etc/refold/kafka/{{ $folder }}, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{/* Their volumes. */}}
+{{- define "refold.kafkaVolumes" -}}
+{{- range $folder, $secret := . }}
+- {name: kafka-{{ $folder }}, secret: {secretName: {{ $secret }}, defaultMode: 0440}}
+{{- end }}
+{{- end }}
+
 {{/*
 A Secret's value: what the cluster holds, else a new random one. Argument: (list $ name key).
 The first of several callers in one rendering decides: later ones find it in $.Release (the lookup alone would give each another).

@@ -13,6 +13,7 @@ from contextlib import suppress
 import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
+from refold import names
 from refold.kafka import Brokers
 from refold.relay.topics import Topics
 
@@ -127,7 +128,7 @@ def load(
     consumer = Consumer(
         {
             **brokers.config(),
-            "group.id": "refold.relay",  # required, but never joined: the partition is assigned by hand
+            "group.id": names.RELAY_GROUP,  # required, but never joined: the partition is assigned by hand
             "isolation.level": "read_committed",
             "auto.offset.reset": "error",
             "enable.auto.commit": False,
