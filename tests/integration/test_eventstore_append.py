@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import psycopg
 import pytest
+from prometheus_client import REGISTRY
 from refold import names, tokens
 from refold.eventstore import EventStore, Limits, NewEvent, catalog, reads
 from refold.eventstore import lane as lanes
@@ -26,6 +27,7 @@ from refold.eventstore.errors import (
     UnavailableError,
     UnknownStreamError,
 )
+from refold.eventstore.heads import Heads
 from refold.partitioning import partition_of
 
 from hack.servers import Postgres
@@ -426,3 +428,19 @@ async def test_the_database_puts_subjects_where_kafka_does(log: Log) -> None:
 async def test_limits_are_the_callers_to_choose(log: Log) -> None:
     async with await EventStore.open(log.installed.service, limits=Limits(append_events=2)) as small:
         assert isinstance(await replace(log, store=small).append("s", "1", "2", "3"), InvalidAppendError)
+
+
+async def test_the_heads_are_shown_of_the_streams_that_are_served(log: Log) -> None:
+    def shown() -> float | None:
+        return REGISTRY.get_sample_value("refold_head_events", {"stream": f"shop/{log.stream.name}"})
+
+    for n in range(3):
+        await log.append(f"s{n}", "1", "2")
+    heads = Heads(log.store._control)
+    await heads.show([log.stream])
+    assert shown() == 6
+    await log.append("s", "1")
+    await heads.show([log.stream])
+    assert shown() == 7
+    await heads.show([])
+    assert shown() is None

@@ -3,10 +3,12 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -23,6 +25,7 @@ from tests.served import Answer, Served, serve
 from tests.stores import Installed, check_history, install
 
 TOKEN = "t0ken"
+PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
 EVENTS = "/v1/streams/shop/orders/subjects/{}/events"
 
 
@@ -422,3 +425,14 @@ def test_an_atomic_append_that_does_not_match_names_the_append_and_the_event(api
     problem = refused(answer, 422, "invalid-data")
     assert (problem["field"], problem["errors"][0]["pointer"]) == ("appends[1].events[1].data", "/n")
     assert api.ask(f"{counts}/subjects/d/events").json() == {"events": []}
+
+
+def test_the_documented_metrics_are_exposed(api: Served) -> None:
+    exposed = {line.split()[2].removesuffix("_total") for line in _metrics(api) if line.startswith("# TYPE")}
+    documented = re.findall(r"`(refold_[a-z_]+)`", PAGE.partition("## Relay")[0])
+    assert len(documented) > 10
+    assert set(documented) - exposed == {"refold_auth_review_seconds"}, "callers are in a file here, not in Kubernetes"
+
+
+def _metrics(api: Served) -> list[str]:
+    return api.ask("/metrics").body.decode().splitlines()

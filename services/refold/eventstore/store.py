@@ -26,6 +26,7 @@ from refold.eventstore.errors import (
     UnknownStreamError,
 )
 from refold.eventstore.guard import Guard
+from refold.eventstore.heads import Heads
 from refold.eventstore.lane import AllAppended, AppendResult, Lane, Waiting, WaitingAll
 from refold.eventstore.live import After, Live, LiveEvent, Reader
 
@@ -74,6 +75,8 @@ class EventStore:
         self._running: set[asyncio.Task[None]] = set()
         self._closing = False
         metrics.WAITING.set_function(lambda: self._waiting)
+        metrics.WAITING_BYTES.set_function(lambda: self._waiting_bytes)
+        self._heads = Heads(self._control)
 
     @classmethod
     async def open(
@@ -522,6 +525,7 @@ class EventStore:
             try:
                 async with self._refreshing:
                     await self._refresh()
+                await self._heads.show([lane.stream for lane in self._lanes.values()])
             except EventStoreError as error:
                 log.warning("The catalog can't be read; the known streams are served on", error=str(error))
 
