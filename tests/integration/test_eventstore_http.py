@@ -311,6 +311,12 @@ def test_the_description_names_every_path(api: Served) -> None:
     }
 
 
+def test_a_method_that_isnt_served_is_told_all_that_are_of_operations_that_share_a_path(api: Served) -> None:
+    answer = api.ask(EVENTS.format("s"), "DELETE")
+    refused(answer, 405, "method-not-allowed")
+    assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD", "POST"}
+
+
 def test_what_was_done_is_counted(api: Served) -> None:
     def value(name: str) -> float:
         lines = api.ask("/metrics").body.decode().splitlines()

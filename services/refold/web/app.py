@@ -13,7 +13,7 @@ It is one class and not a stack of middlewares, since each of these costs a call
 """
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from http import HTTPStatus
 from typing import Any
@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
-from starlette.types import Lifespan, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
 from refold.web import openapi
 from refold.web.auth.access import METRICS, Authority, PathAccess, ResourceAccess, Verb
@@ -78,11 +78,14 @@ class App:
         async def describe(_: Request) -> Response:
             return Response(description, media_type="application/json")
 
+        # One route a path, so that 405 names all its methods.
+        served: dict[str, dict[str, ASGIApp]] = {}
+        for one in operations:
+            handlers = served.setdefault(one.path, {})
+            handlers[one.method] = _Guarded(one.handler, one.verb, kind, resource)
+
         routes = [
-            *(
-                Route(one.path, _Guarded(one.handler, one.verb, kind, resource), methods=[one.method])
-                for one in operations
-            ),
+            *(Route(path, _Methods(handlers), methods=list(handlers)) for path, handlers in served.items()),
             Route("/openapi.json", _Endpoint(describe), methods=["GET"]),
             Route(METRICS, _Endpoint(_metrics), methods=["GET"]),
             Route("/healthz", _Endpoint(_healthy), methods=["GET"]),
@@ -148,6 +151,18 @@ class _Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         response = await self._handler(Request(scope, receive, send))
         await response(scope, receive, send)
+
+
+class _Methods:
+    """What is served at one path, by method; HEAD as GET."""
+
+    def __init__(self, handlers: Mapping[str, ASGIApp]) -> None:
+        self._handlers = dict(handlers)
+        if "GET" in handlers:
+            self._handlers["HEAD"] = handlers["GET"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._handlers[scope["method"]](scope, receive, send)
 
 
 class _Guarded:
