@@ -101,9 +101,11 @@ def test_each_operation_answers_as_it_is_described(
 
 
 async def test_every_operation_of_the_description_is_asked_and_left_a_right_history(
-    operations: dict[str, Any], installed: Installed
+    api: Served, operations: dict[str, Any], installed: Installed
 ) -> None:
     assert sorted(operations) == sorted(OPERATIONS)
+    body = b'{"events": [{"id": "last", "type": "T", "data": 1}]}'
+    assert api.ask("/v1/streams/shop/orders/subjects/last/events", "POST", body=body).status == 201
     history = await installed.query(
         'select partition, position, subject, revision, id, recorded_at from "shop.orders".events '
         "order by partition, position"
