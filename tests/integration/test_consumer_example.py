@@ -34,16 +34,18 @@ PARTITIONS = 3
 class Example(Process):
     """The example service as a process."""
 
-    def __init__(self, platform: Platform, stream: Stream, eventstore: Service, folder: Path) -> None:
+    def __init__(
+        self, platform: Platform, stream: Stream, eventstore: Service, folder: Path, **environment: str
+    ) -> None:
         token = folder / "token"
         token.write_text(TOKEN + "\n")
         self.url = f"http://127.0.0.1:{(port := free_port())}"
-        environment = {
+        settings = {
             "STREAM": f"{stream.namespace}/{stream.name}", "EVENT_STORE": eventstore.url, "TOKEN_FILE": str(token),
             "KAFKA": platform.kafka.bootstrap, "STATE": str(folder / "state.db"), "PORT": str(port),
             "NO_PROXY": "127.0.0.1",
         }  # fmt: skip
-        super().__init__([sys.executable, str(CONSUMER)], folder / "log", env=environment)
+        super().__init__([sys.executable, str(CONSUMER)], folder / "log", env=settings | environment)
 
     def up(self) -> None:
         self.start(self.in_step)

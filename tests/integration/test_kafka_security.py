@@ -48,6 +48,7 @@ from hack.servers.platform import Platform, Service
 from tests.integration import kubernetes_api
 from tests.integration import test_operator_process as cluster
 from tests.integration.kubernetes_api import ApiServer
+from tests.integration.test_consumer_example import Example
 
 KEY = b"k" * credentials.KEY_BYTES
 PASSWORD = "right"
@@ -492,6 +493,27 @@ def test_a_projector_folds_over_tls_with_rights_of_its_own(world: World) -> None
     assert not world.acls(f"User:{files['username']}")
 
 
+def test_the_example_service_follows_with_the_consumer_secret(world: World, tmp_path: Path) -> None:
+    secret, _ = world.stream(world.invoices)
+    relaying, eventstore = relay(world, world.login("relay")), world.platform.eventstore()
+    variables = {
+        "KAFKA": secret["bootstrap"], "KAFKA_SECURITY_PROTOCOL": secret["security.protocol"],
+        "KAFKA_SASL_MECHANISM": secret["sasl.mechanism"], "KAFKA_USERNAME": secret["username"],
+        "KAFKA_PASSWORD": secret["password"], "KAFKA_CA": secret["ca.crt"],
+        "KAFKA_GROUP_PREFIX": secret["group.prefix"],
+    }  # fmt: skip
+    example = Example(world.platform, world.invoices, eventstore, tmp_path, **variables)
+    try:
+        relaying.up()
+        eventstore.up()
+        example.up()
+        world.append(world.invoices, "an invoice")
+        eventually(lambda: example.position() == 1)
+    finally:
+        for process in (example, eventstore, relaying):
+            process.stop()
+
+
 def test_each_right_of_a_reader_is_needed(world: World) -> None:
     secret, _ = world.stream(world.orders)
     principal = f"User:{secret['username']}"
@@ -546,7 +568,7 @@ def test_each_right_of_the_operator_is_needed_and_all_together_are_enough(world:
 
 
 def test_what_keeps_the_operator_out_is_the_streams_condition(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refold_operator.kafka._TIMEOUT_SECONDS", 2.0)
+    monkeypatch.setattr("refold_operator.kafka._TIMEOUT_SECONDS", 1.0)
 
     def reason(settings: dict[str, Any]) -> tuple[str, str]:
         """Look for the topic alone: the store is out of the picture."""

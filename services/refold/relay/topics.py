@@ -46,8 +46,9 @@ class Topics:
         futures = self._admin.describe_topics(
             TopicCollection(asked), include_authorized_operations=rights, request_timeout=_SECONDS
         )
-        concurrent.futures.wait(futures.values())
-        self._admin.poll(0)  # librdkafka tells in its log why it can't connect
+        while concurrent.futures.wait(futures.values(), timeout=0.5).not_done:
+            self._admin.poll(0)  # librdkafka tells in its log why it can't connect
+        self._admin.poll(0)
         for name, future in futures.items():
             try:
                 found = future.result()
