@@ -19,6 +19,9 @@ import httpx
 import psycopg
 import pytest
 import yaml
+from kubernetes.aio import client, config
+from refold_operator.cluster import Cluster
+from refold_operator.delegation import Account, Delegation
 
 from hack.servers import Kafka, Postgres
 from hack.servers.process import Process, free_port
@@ -383,6 +386,31 @@ def test_event_types_of_a_resource_are_what_the_store_takes(api: ApiServer, oper
         api.apply(event_stream(namespace, events=[{"name": "Counted"}]))
         becomes(api, "eventstream", namespace, "orders", "True", "Active")
         assert connection.execute(written, [namespace]).fetchall() == [('{"Counted":true}',)]
+
+
+async def test_accounts_of_projections_that_went_without_the_operator_lose_the_right_and_conflicts_are_tried_again(
+    api: ApiServer, namespace: str
+) -> None:
+    def ours() -> set[str]:
+        return {account for where, account in delegates(api) if where == namespace}
+
+    configuration = client.Configuration()
+    await config.load_kube_config(str(api.kubeconfig), client_configuration=configuration)
+    cluster = Cluster(client.ApiClient(configuration))
+    try:
+        first, second = Delegation(cluster), Delegation(cluster)
+        await first.give(Account(namespace, "a-query"))
+        assert ours() == {"a-query"}
+        # The next one that reads the binding finds no Projection of that name; the first has read it before.
+        await second.give(Account(namespace, "b-query"))
+        assert ours() == {"b-query"}
+        await first.give(Account(namespace, "c-query"))
+        assert ours() == {"c-query"}
+        await first.take(Account(namespace, "c-query"))
+        await first.take(Account(namespace, "c-query"))
+        assert ours() == set()
+    finally:
+        await cluster.close()
 
 
 def test_the_secrets_logins_can_do_their_work_and_no_more(api: ApiServer, namespace: str) -> None:
