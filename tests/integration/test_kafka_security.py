@@ -463,6 +463,36 @@ def test_users_and_rights_go_with_the_stream_and_its_topic(world: World) -> None
     asyncio.run(world.operator.drop_stream(resource(stream), stream.topic))  # again, as after a crash
 
 
+def test_users_that_were_given_get_their_rights_and_lose_them_with_the_topic(world: World) -> None:
+    settings = AccessSettings(
+        **world.login("operator"), kafka_manage_acls=True, kafka_relay_principal="User:CN=relay",
+        kafka_projector_principal="User:given", kafka_projector_credentials=world.files("given", {"password": "p"}),
+        kafka_projector_username="given",
+    )  # fmt: skip
+    given = Access(settings, Kafka(settings.brokers()))
+    stream = world.platform.stream("shop", "with-given-users", partitions=2)
+    metadata = {"namespace": "shop", "name": "status", "uid": "u", "generation": 1, "resourceVersion": "1"}
+    projection = resources.projection({"metadata": metadata, "spec": READABLE})
+
+    async def reconcile() -> dict[str, str]:
+        await given.install(key=KEY, store_id=world.platform.store_id)
+        assert await given.stream(resource(stream), stream.topic) == ({}, ""), "nobody gets a Secret"
+        return (await given.projection(projection, {stream.topic}))[0]
+
+    for _ in range(2):
+        files = asyncio.run(reconcile())
+        assert (files["username"], files["password"]) == ("given", "p")
+    groups = acl("User:given", ResourceType.GROUP, "refold.", AclOperation.READ, prefixed=True)
+    topic = acl("User:given", ResourceType.TOPIC, stream.topic, AclOperation.READ)
+    relay_writes = acl("User:CN=relay", ResourceType.TOPIC, stream.topic, AclOperation.WRITE)
+    assert world.acls("User:given") == {groups, topic}
+    assert relay_writes in world.acls()
+    asyncio.run(given.drop_stream(resource(stream), stream.topic))
+    assert world.acls("User:given") == {groups}
+    assert relay_writes not in world.acls()
+    world.revoke({groups} | access.relay_acls("User:CN=relay", world.platform.store_id))
+
+
 def test_a_projector_folds_over_tls_with_rights_of_its_own(world: World) -> None:
     secret, _ = world.stream(world.orders)
     del secret
