@@ -442,3 +442,14 @@ def test_the_documented_metrics_are_exposed(api: Served) -> None:
 
 def _metrics(api: Served) -> list[str]:
     return api.ask("/metrics").body.decode().splitlines()
+
+
+def test_a_body_or_a_line_over_the_limit_is_413_with_the_limits_name_and_number(api: Served) -> None:
+    large = b'{"events": [' + b" " * 9000
+    problem = refused(post(api, "large", large), 413, "body-too-large")
+    assert "eventstore.limits.bodyBytes is 8192" in problem["detail"]
+    answer = api.ask("/v1/streams/shop/orders/events", "POST", body=large)
+    assert "eventstore.limits.bodyBytes, which is 8192" in json.loads(answer.body)["error"]["detail"]
+    problem = refused(post(api, "large", body("1", data="x" * 3000)), 413, "append-too-large")
+    assert problem["field"] == "events[0]"
+    assert "eventstore.limits.eventBytes is 2000" in problem["detail"]

@@ -30,7 +30,7 @@ MAX_SUBSCHEMA_DEPTH = 200
 TOLD_ERRORS = 5
 TOLD_CHARACTERS = 300
 #: Work (subschemas times values, about 0.1 s) that telling all errors may take; beyond, only the first or none is told.
-_TELLING = 1_000_000
+_TELLING = 100_000
 
 _SCHEMAS_IN_OBJECT = ("properties", "patternProperties", "dependentSchemas")
 _SCHEMAS_IN_ARRAY = ("allOf", "anyOf", "oneOf", "prefixItems")

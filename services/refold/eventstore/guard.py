@@ -91,8 +91,6 @@ class Guard:
         if self.broken is not None:
             return {id(append): UnavailableError(self.broken) for append in appends}
         refused = {id(append): append.refusal for append in appends if append.refusal is not None}
-        if not refused:
-            return {}
         doubtful = [append for append in appends if append.refusal is not None]
         events = [(number, append, element) for number, append in enumerate(doubtful) for element in append.ids]
         arguments = [

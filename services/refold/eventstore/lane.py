@@ -288,8 +288,13 @@ class Lane:
                 await guard.read()
             if self._revision != guard.revision:
                 self._append_as(guard.revision)
-            group = [waiting.checked(guard) for waiting in group]
-            refused = await guard.decide([append for waiting in group for append in waiting.parts()])
+            parts = [part for waiting in group for part in waiting.parts()]
+            if any(part.types_revision != guard.revision for part in parts):
+                group = [waiting.checked(guard) for waiting in group]
+                parts = [part for waiting in group for part in waiting.parts()]
+            if not guard.broken and all(part.refusal is None for part in parts):
+                return group
+            refused = await guard.decide(parts)
             if refused is not None:
                 break
             stale = True
