@@ -32,6 +32,11 @@ class Caller:
     def read(self, namespace: str, name: str = "orders") -> httpx.Response:
         return self.get(f"{EVENT_STORE}/v1/streams/{namespace}/{name}/subjects/o1/events")
 
+    def first_line(self, url: str) -> str:
+        """Return how an answer that doesn't end begins."""
+        with httpx.stream("GET", url, headers=self._headers, trust_env=False, timeout=30) as answer:
+            return next(answer.iter_lines())
+
     def get(self, url: str) -> httpx.Response:
         return httpx.get(url, headers=self._headers, trust_env=False, timeout=30)
 
@@ -79,6 +84,11 @@ def test_a_caller_does_what_its_role_allows_and_no_more(shop: Any) -> None:
     assert reader.read(shop.name).json()["events"][0]["id"] == "1"
     assert eventually(lambda: reader.get(f"{shop.rows}/v1/rows/o1").status_code == 200, "the row is there")
 
+    orders = f"{EVENT_STORE}/v1/streams/{shop.name}/orders"
+    role(shop.name, "watcher", {"resources": ["eventstreams/events"], "verbs": ["watch"]})
+    watcher = Caller(token(shop.name, "watcher"))
+    assert watcher.first_line(f"{orders}/events:watch").startswith("retry:")
+
     who = f"system:serviceaccount:{shop.name}"
     for refused, name, why in [
         (reader.append(shop.name), "reader", "create eventstreams/events of 'orders'"),
@@ -86,6 +96,8 @@ def test_a_caller_does_what_its_role_allows_and_no_more(shop: Any) -> None:
         (reader.read(shop.name, "payments"), "reader", "get eventstreams/events of 'payments'"),
         (writer.append("default"), "writer", "in the namespace 'default'"),
         (writer.append(shop.name, "nothing"), "writer", "create eventstreams/events of 'nothing'"),
+        (reader.get(f"{orders}/events:watch"), "reader", "watch eventstreams/events of 'orders'"),
+        (watcher.read(shop.name), "watcher", "get eventstreams/events of 'orders'"),
         (reader.get(f"{shop.secrets}/v1/rows/o1"), "reader", "get projections/rows of 'secrets'"),
         (writer.get(f"{shop.rows}/v1/rows/o1"), "writer", "get projections/rows of 'order-status'"),
         (writer.get(f"{shop.rows}/v1/status"), "writer", "get projections/rows of 'order-status'"),
