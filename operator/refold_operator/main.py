@@ -50,7 +50,7 @@ async def run(settings: Settings) -> None:
     cluster = await Cluster.connect()
     store_database = Database(settings.store_admin_dsn.get_secret_value(), "event store")
     read_database = Database(settings.readstore_admin_dsn.get_secret_value(), "read store")
-    store, readstore = Store(store_database), ReadStore(read_database)
+    store, readstore = Store(store_database, event_bytes=settings.event_bytes), ReadStore(read_database)
     for brokers in (settings.brokers(), settings.projectors()):
         if brokers is not None:
             kafka.end_when_changed(brokers)

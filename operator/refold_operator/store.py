@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from refold import names
-from refold.eventstore import catalog, roles
+from refold.eventstore import Limits, catalog, roles
 from refold.eventstore.catalog import Stream
 
 from refold_operator import credentials, dsn
@@ -19,9 +19,10 @@ _HEADS_SECONDS = 10.0
 class Store:
     """The store of one database."""
 
-    def __init__(self, database: Database) -> None:
-        """Manage the store in `database`; nothing is asked of it yet."""
+    def __init__(self, database: Database, *, event_bytes: int = Limits().event_bytes) -> None:
+        """Manage the store in `database`; nothing is asked of it yet. `event_bytes` is the largest event's size."""
         self.database = database
+        self._event_bytes = event_bytes
         self._heads: dict[int, int] = {}
         self._heads_at = float("-inf")
         self._heads_lock = asyncio.Lock()
@@ -37,6 +38,7 @@ class Store:
         """
         async with self.database.connection() as connection:
             await catalog.install_store(connection)
+            await catalog.limit_events(connection, self._event_bytes)
             logins = {}
             for part in ("eventstore", "relay"):
                 role = names.store_role(self.database.name, part)

@@ -7,6 +7,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.types.json import Jsonb
 from refold.eventstore import EventStore, NewEvent, catalog, roles
 from refold.eventstore.appends import SubjectAppend
 from refold.eventstore.errors import (
@@ -211,3 +212,27 @@ async def test_an_unfit_append_waits_for_a_database_that_is_away_instead_of_bein
     await asyncio.to_thread(postgres.start)
     with pytest.raises(InvalidDataError):
         await waiting
+
+
+async def test_a_writer_appends_nothing_in_sql_that_is_too_large_for_its_topic(log: Log) -> None:
+    async with connected(log.installed.admin) as conn:
+        await catalog.limit_events(conn, 1000)
+        writer = f"large_writer_of_{log.stream.name}"
+        await roles.ensure_login(conn, writer, PASSWORD, member_of=[catalog.writer_role(conn, log.stream)])
+
+    async def append(conn: psycopg.AsyncConnection[Any], id: str, data: str, metadata: str) -> None:  # noqa: A002
+        events = [{"id": id, "type": "T", "data": data, "metadata": metadata}, {"id": f"{id}+", "type": "T", "data": 1}]
+        call = f'select * from "{log.stream.schema}".append(%s)'
+        await conn.execute(call.encode(), [Jsonb([{"subject": "s", "events": events}])])
+
+    async with connected(log.installed.dsn(writer)) as conn:
+        await append(conn, "1", "x" * 1000, "y" * 496)  # with their quotes 1500 bytes
+        with pytest.raises(psycopg.Error, match="the event 2 has 1501 bytes") as refused:
+            await append(conn, "2", "x" * 1000, "y" * 497)
+        assert refused.value.sqlstate == "RF003"
+        await append(conn, "3", "x", "y")
+    await log.add("s", event("x" * 5000, id="4"))  # the library has limits of its own
+    assert [found.id for found in await log.read("s")] == ["1", "1+", "3", "3+", "4"]
+    check_history(await log.history())
+    async with connected(log.installed.admin) as conn:
+        await catalog.limit_events(conn, 512 * 1024)

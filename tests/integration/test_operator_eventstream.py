@@ -118,6 +118,13 @@ async def test_a_second_reconcile_changes_nothing(store: Store, topics: Kafka, n
 NUMBER = [{"name": "Counted", "schema": {"properties": {"n": {"type": "integer"}}}}, {"name": "Noted"}]
 
 
+async def test_writers_in_the_database_are_held_to_what_topics_take(store: Store) -> None:
+    async with store.database.connection() as connection:
+        assert await (await connection.execute("select topic_bytes from refold.store")).fetchone() == (768 * 1024,)
+        await Store(store.database, event_bytes=1_000_000).install(KEY)
+        assert await (await connection.execute("select topic_bytes from refold.store")).fetchone() == (1_500_000,)
+
+
 async def test_event_types_are_written_before_ready_says_so_and_changes_nothing_when_they_stay(
     store: Store, topics: Kafka, name: str
 ) -> None:

@@ -19,7 +19,7 @@ from psycopg import AsyncConnection, sql
 from psycopg.rows import class_row
 
 from refold import names
-from refold.eventstore import event_types, migrations, roles
+from refold.eventstore import event_types, migrations, records, roles
 from refold.eventstore.errors import ConflictError, EventStoreError, NotInstalledError
 from refold.eventstore.online import LOCK_TIMEOUT, giving_way
 
@@ -204,6 +204,15 @@ async def activate(conn: AsyncConnection[Any], stream: Stream) -> Stream:
         ConflictError: the stream isn't claimed by `stream.uid` any more.
     """
     return await _update(conn, stream, "state", "active")
+
+
+async def limit_events(conn: AsyncConnection[Any], event_bytes: int) -> None:
+    """Let writers append in SQL what topics take that are made for events of `event_bytes`, and nothing larger."""
+    async with conn.transaction(), _as_owner(conn, _store_roles(conn)["owner"]):
+        await conn.execute(
+            "update refold.store set topic_bytes = %(most)s where topic_bytes is distinct from %(most)s",
+            {"most": records.stored_bytes(event_bytes)},
+        )
 
 
 async def set_event_types(conn: AsyncConnection[Any], stream: Stream, types: Mapping[str, Any] | None) -> Stream:

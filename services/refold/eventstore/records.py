@@ -11,4 +11,9 @@ def message_bytes(event_bytes: int) -> int:
     PostgreSQL writes jsonb with a blank after each comma and colon, so `[1,1]` comes back as `[1, 1]`: half as much
     more at worst. Batches are no matter: the relay makes them smaller where a topic refuses one.
     """
-    return event_bytes * 3 // 2 + _FRAME_BYTES
+    return stored_bytes(event_bytes) + _FRAME_BYTES
+
+
+def stored_bytes(event_bytes: int) -> int:
+    """Return how many bytes data and metadata of an event of `event_bytes` have at most as PostgreSQL writes them."""
+    return event_bytes * 3 // 2
