@@ -3,42 +3,31 @@
 import asyncio
 import contextlib
 import datetime as dt
-import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Self
 
-import psycopg
-import structlog
-
-from refold import names
 from refold.events import Event
 from refold.eventstore import appends, catalog, live, metrics, reads
 from refold.eventstore.appends import ExpectedRevision, Limits, NewEvent, SubjectAppend
 from refold.eventstore.catalog import Stream
 from refold.eventstore.connections import Connections
+from refold.eventstore.directory import Directory
 from refold.eventstore.errors import (
     EventStoreError,
     InactiveStreamError,
     NotInstalledError,
     OverloadedError,
     UnavailableError,
-    UnknownStreamError,
 )
 from refold.eventstore.guard import Guard
 from refold.eventstore.heads import Heads
 from refold.eventstore.lane import AllAppended, AppendResult, Lane, Waiting, WaitingAll
 from refold.eventstore.live import After, Live, LiveEvent, Reader
-
-log = structlog.get_logger(__name__)
+from refold.eventstore.notifier import Notifier
 
 #: How many may watch at once in one process, by default.
 LIVE_READERS = 1000
-#: Seconds between two looks at the catalog, and the least between two that unknown names ask for.
-REFRESH = 5.0
-REFRESH_ON_MISS = 0.25
-#: Seconds that notifications are held together after one was sent.
-_NOTIFY_GAP = 0.005
 #: The stream migration that made `append_all`.
 _APPEND_ALL_MIGRATION = 3
 
@@ -63,14 +52,10 @@ class EventStore:
         self._read = Connections(dsn, size=read_connections, application="refold-eventstore-read")
         self._control = Connections(dsn, size=2, application="refold-eventstore")
         self._live = Live(dsn, history=self._read, control=self._control, most=live_readers)
-        self._lanes: dict[tuple[str, str], Lane] = {}
-        self._refreshed = -REFRESH
-        self._refused: str | None = None
-        self._refreshing = asyncio.Lock()
+        self._directory = Directory(self._control, self._make_lane)
+        self._notifier = Notifier(self._control)
         self._waiting = 0
         self._waiting_bytes = 0
-        self._appended: set[int] = set()
-        self._appended_some = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._running: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -109,7 +94,7 @@ class EventStore:
             live_readers=live_readers,
         )
         try:
-            await store._refresh()
+            await store._directory.refresh()
         except BaseException:
             await store.close()
             raise
@@ -118,7 +103,7 @@ class EventStore:
 
     def start(self) -> None:
         """Begin the work in the background; for a store that wasn't made by `open` and may find its database later."""
-        self._tasks = [asyncio.create_task(self._refresh_for_ever()), asyncio.create_task(self._notify_for_ever())]
+        self._tasks = [asyncio.create_task(self._refresh_for_ever()), asyncio.create_task(self._notifier.run())]
 
     async def __aenter__(self) -> Self:
         return self
@@ -135,10 +120,7 @@ class EventStore:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._appended:
-            with contextlib.suppress(psycopg.Error, TimeoutError):
-                async with asyncio.timeout(1):
-                    await self._notify()
+        await self._notifier.finish()
         for connections in (self._write, self._read, self._control):
             await connections.close()
 
@@ -196,7 +178,7 @@ class EventStore:
             EventStoreError: those of `append` that are known before the database is asked.
         """
         try:
-            lane = self._known_lane(stream)
+            lane = self._directory.known(stream)
             checked = lane.guard.check(
                 appends.check(
                     subject,
@@ -237,7 +219,7 @@ class EventStore:
         """
         stream = await self.stream(namespace, name)
         try:
-            lane = self._known_lane(stream)
+            lane = self._directory.known(stream)
             if stream.migration < _APPEND_ALL_MIGRATION:
                 raise NotInstalledError(
                     f"stream {namespace}/{name} takes no atomic appends before the operator has upgraded its schema "
@@ -253,12 +235,6 @@ class EventStore:
             raise
         lane.add(WaitingAll(checked, [part.expected_revision for part in parts], time.monotonic(), outcome))
         return await outcome
-
-    def _known_lane(self, stream: Stream) -> Lane:
-        lane = self._lanes.get((stream.namespace, stream.name))
-        if lane is None:
-            raise UnknownStreamError(f"the stream {stream.namespace}/{stream.name} isn't active any more")
-        return lane
 
     def _admit(self, count: int, size: int) -> asyncio.Future[Any]:
         """Count `count` appends of `size` bytes as waiting until the outcome that is returned is there, or refuse."""
@@ -425,11 +401,11 @@ class EventStore:
         self, namespace: str, name: str, after: After, *, subject: str | None = None, partition: int | None = None
     ) -> Reader:
         """Return a live reader of a subject, a partition or the whole stream, to be closed; see `watch_subject`."""
-        lane = await self._lane(namespace, name)
+        lane = await self._directory.lane(namespace, name)
         try:
             return await self._live.open(lane.stream, after, subject=subject, partition=partition)
         except InactiveStreamError:
-            self._forget(lane)
+            self._directory.forget(lane)
         stream = await self.stream(namespace, name)
         return await self._live.open(stream, after, subject=subject, partition=partition)
 
@@ -444,19 +420,19 @@ class EventStore:
 
         All pages are of one history: a read under way breaks off where its stream is dropped.
         """
-        lane = await self._lane(namespace, name)
+        lane = await self._directory.lane(namespace, name)
         begun = False
         try:
             async for page in read(lane.stream):
                 begun = True
                 yield page
         except InactiveStreamError:
-            self._forget(lane)
+            self._directory.forget(lane)
             if begun:
                 raise
         else:
             return
-        async for page in read((await self._lane(namespace, name)).stream):
+        async for page in read((await self._directory.lane(namespace, name)).stream):
             yield page
 
     async def stream(self, namespace: str, name: str) -> Stream:
@@ -466,7 +442,7 @@ class EventStore:
             UnknownStreamError: there is none.
             UnavailableError: it isn't known, and PostgreSQL can't be reached.
         """
-        return (await self._lane(namespace, name)).stream
+        return (await self._directory.lane(namespace, name)).stream
 
     async def ping(self) -> None:
         """Return if the database answers now and holds a store.
@@ -477,94 +453,25 @@ class EventStore:
         """
         await self._control.ask(catalog.store_id, seconds=3)
 
-    async def _lane(self, namespace: str, name: str) -> Lane:
-        lane = self._lanes.get((namespace, name))
-        if lane is None:
-            asked = time.monotonic()
-            async with self._refreshing:
-                # All that wait here are answered by one look that began after they asked.
-                if self._refreshed < asked:
-                    await asyncio.sleep(self._refreshed + REFRESH_ON_MISS - asked)
-                    await self._refresh()
-                elif self._refused is not None:
-                    raise UnavailableError(self._refused)
-            lane = self._lanes.get((namespace, name))
-        if lane is None:
-            raise UnknownStreamError(f"the store has no active stream {namespace}/{name}; is its EventStream Ready?")
-        return lane
-
-    async def _refresh(self) -> None:
-        """Read the catalog; remember when, and what came of it, since every unknown name asks for it."""
-        self._refreshed = time.monotonic()
-        try:
-            found = await self._control.ask(catalog.list_streams, seconds=10)
-            self._refused = None
-        except EventStoreError as error:
-            self._refused = str(error)
-            raise
-        streams = {(stream.namespace, stream.name): stream for stream in found if stream.state == "active"}
-        for key in self._lanes.keys() - streams.keys():
-            del self._lanes[key]  # appends that wait in the lane are still answered by it
-        for key, stream in streams.items():
-            lane = self._lanes.get(key)
-            if lane is None or lane.stream.stream != stream.stream:
-                self._lanes[key] = Lane(
-                    stream,
-                    self._write,
-                    Guard(stream, self._read),
-                    running=self._running,
-                    appended=self._note_appended,
-                    gone=self._forget,
-                )
-            else:
-                lane.stream = stream
+    def _make_lane(self, stream: Stream) -> Lane:
+        return Lane(
+            stream,
+            self._write,
+            Guard(stream, self._read),
+            running=self._running,
+            appended=self._note_appended,
+            gone=self._directory.forget,
+        )
 
     async def _refresh_for_ever(self) -> None:
         while True:
-            await asyncio.sleep(REFRESH * random.uniform(0.8, 1.2))  # noqa: S311 (spreads load, guards nothing)
-            try:
-                async with self._refreshing:
-                    await self._refresh()
-                await self._heads.show([lane.stream for lane in self._lanes.values()])
-            except EventStoreError as error:
-                log.warning("The catalog can't be read; the known streams are served on", error=str(error))
-
-    def _forget(self, lane: Lane) -> None:
-        """Serve a stream no more that the database says isn't active, until the catalog says otherwise."""
-        key = lane.stream.namespace, lane.stream.name
-        if self._lanes.get(key) is lane:
-            del self._lanes[key]
+            if await self._directory.refresh_in_turn():
+                with contextlib.suppress(EventStoreError):  # they are read again in the next turn
+                    await self._heads.show(self._directory.streams)
 
     def _note_appended(self, stream: Stream) -> None:
-        """Note that `stream` has new events, committed now."""
-        self._appended.add(stream.stream)
-        self._appended_some.set()
+        self._notifier.note(stream.stream)
         self._live.wake(stream.stream)
-
-    async def _notify_for_ever(self) -> None:
-        """Tell listeners of appends, after commit and on another connection.
-
-        Inside the appends' transactions NOTIFY would serialise the commits of the whole database. A notification that
-        is lost costs the listener one interval of its slow poll.
-        """
-        while True:
-            await self._appended_some.wait()
-            try:
-                await self._notify()
-                await asyncio.sleep(_NOTIFY_GAP)
-            except psycopg.Error as error:
-                log.warning("Listeners can't be told of appends; they find them by their poll", error=str(error))
-                await asyncio.sleep(1)
-
-    async def _notify(self) -> None:
-        streams = [str(stream) for stream in self._appended]
-        self._appended.clear()
-        self._appended_some.clear()
-        async with self._control.lend() as conn:
-            await conn.execute(
-                "select pg_notify(%s, payload) from unnest(%s::text[]) as payload",
-                [names.APPENDED_CHANNEL, streams if len(streams) <= 100 else [""]],
-            )
 
 
 def _count_refusal(error: BaseException) -> None:
