@@ -51,7 +51,14 @@ async def installed(postgres: Postgres) -> Installed:
 def api(installed: Installed) -> Iterator[Served]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(event_stream, "LIFETIME", 0.0)  # what is watched ends at once
-        own = Settings(store_dsn=installed.service, auth=tokens_file(TOKEN), event_bytes=20_000, append_bytes=40_000)
+        own = Settings(
+            store_dsn=installed.service,
+            auth=tokens_file(TOKEN),
+            event_bytes=20_000,
+            metadata_bytes=20_000,
+            append_bytes=40_000,
+            body_bytes=80_000,
+        )
         with serve(server.make(own), TOKEN) as served:
             yield served
 
