@@ -437,7 +437,8 @@ def test_the_documented_metrics_are_exposed(api: Served) -> None:
     exposed = {line.split()[2].removesuffix("_total") for line in _metrics(api) if line.startswith("# TYPE")}
     documented = re.findall(r"`(refold_[a-z_]+)`", PAGE.partition("## Relay")[0])
     assert len(documented) > 10
-    assert set(documented) - exposed == {"refold_auth_review_seconds"}, "callers are in a file here, not in Kubernetes"
+    # callers are in a file here, not in Kubernetes: unless another test loaded what asks it, its metric is missing
+    assert set(documented) - exposed <= {"refold_auth_review_seconds"}
 
 
 def _metrics(api: Served) -> list[str]:
