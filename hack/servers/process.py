@@ -1,10 +1,12 @@
 """What the servers have in common: a child process that is started, waited for, killed and stopped."""
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,24 +17,38 @@ def cache() -> Path:
     return Path(os.environ.get("REFOLD_CACHE") or Path.home() / ".cache" / "refold")
 
 
-_given: set[int] = set()
+#: Descriptors of locked files, by the ports that this process was given; the locks end with it.
+_given: dict[int, int] = {}
 
 
 def free_port() -> int:
-    """Return a TCP port on 127.0.0.1 that nothing listens on and that this process hasn't been given before."""
+    """Return a TCP port on 127.0.0.1 that nothing listens on and that no other caller was given, here or elsewhere.
+
+    A server begins to listen seconds after its port was chosen, so processes that choose at the same time (test runs
+    of several checkouts) keep apart by locked files.
+    """
+    locks = Path(tempfile.gettempdir()) / f"refold-ports-{os.geteuid()}"
+    locks.mkdir(exist_ok=True)
     # Below the ephemeral ports: an outgoing connection could take one while its server is down for a restart.
     for port in range(20000 + os.getpid() % 5000, 30000):
-        if port in _given:
-            continue
+        if port not in _given and _reserve(port, locks / str(port)):
+            return port
+    raise RuntimeError("no free port on 127.0.0.1")
+
+
+def _reserve(port: int, lock: Path) -> bool:
+    """Lock a port's file for as long as this process lives; False where another has it or something listens."""
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with contextlib.closing(socket.socket()) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        _given.add(port)
-        return port
-    raise RuntimeError("no free port on 127.0.0.1")
+            probe.bind(("127.0.0.1", port))
+    except OSError:
+        os.close(descriptor)
+        return False
+    _given[port] = descriptor
+    return True
 
 
 class Process:
