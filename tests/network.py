@@ -8,7 +8,7 @@
         network.hang()                    # connections stay open and new ones are accepted, but nothing comes through
         network.heal()                    # what was sent meanwhile arrives
 
-For Kafka, whose clients follow the addresses that a broker tells, `kafka_behind` starts one that tells the proxy's.
+For Kafka, whose clients follow the addresses that a broker tells, `kafka_behind` starts one that tells the proxies'.
 The proxy's kernel goes on acknowledging what is sent to a hanging connection, so that a process isn't helped by TCP's
 own timeouts (keepalives, TCP_USER_TIMEOUT): a hang is the worse of the two.
 """
@@ -111,26 +111,32 @@ class Cut:
 
 
 @contextlib.contextmanager
-def kafka_behind(*, settings: dict[str, str] | None = None) -> Iterator[tuple[Kafka, Cut]]:
-    """Run a broker with a second listener that leads clients through a proxy.
+def kafka_behind(ways: int = 1, *, settings: dict[str, str] | None = None) -> Iterator[tuple[Kafka, list[Cut]]]:
+    """Run a broker with `ways` more listeners, each of which leads its clients through a proxy of its own.
 
-    Clients of `127.0.0.1:<proxy's port>` are told this address for all that follows; clients of `Kafka.bootstrap`
+    Clients of `127.0.0.1:<a proxy's port>` are told this address for all that follows; clients of `Kafka.bootstrap`
     reach the broker directly.
     """
-    inner, controller, plain, outer = (free_port() for _ in range(4))
+    controller, plain = free_port(), free_port()
+    networks = [Cut(free_port()) for _ in range(ways)]
+    named = [(f"CUT{number}", network) for number, network in enumerate(networks)]
+    listeners = [f"PLAINTEXT://127.0.0.1:{plain}", *(f"{name}://127.0.0.1:{cut.target}" for name, cut in named)]
+    advertised = [f"PLAINTEXT://127.0.0.1:{plain}", *(f"{name}://127.0.0.1:{cut.port}" for name, cut in named)]
     broker = Kafka(
         settings={
-            "listeners": f"PLAINTEXT://127.0.0.1:{plain},CUT://127.0.0.1:{inner},CONTROLLER://127.0.0.1:{controller}",
-            "advertised.listeners": f"PLAINTEXT://127.0.0.1:{plain},CUT://127.0.0.1:{outer}",
-            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CUT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "listeners": ",".join([*listeners, f"CONTROLLER://127.0.0.1:{controller}"]),
+            "advertised.listeners": ",".join(advertised),
+            "listener.security.protocol.map": ",".join(
+                f"{name}:PLAINTEXT" for name in ("PLAINTEXT", "CONTROLLER", *(name for name, _ in named))
+            ),
             "controller.quorum.voters": f"1@127.0.0.1:{controller}",
             **(settings or {}),
         }
     )
     broker.port = plain
-    with Cut(inner, outer) as network:
+    with contextlib.ExitStack() as stack:
+        for network in networks:
+            stack.enter_context(network)
+        stack.callback(broker.remove)
         broker.start()
-        try:
-            yield broker, network
-        finally:
-            broker.remove()
+        yield broker, networks

@@ -65,6 +65,8 @@ class Kafka:
             "controller.quorum.voters": f"1@127.0.0.1:{controller}",
             **(settings or {}),
         }
+        # they open one after another
+        self._ports = [int(listener.rpartition(":")[2]) for listener in options["listeners"].split(",")]
         self._properties = self._folder / "server.properties"
         self._properties.write_text("".join(f"{name}={value}\n" for name, value in options.items()))
         self._java = [
@@ -83,8 +85,8 @@ class Kafka:
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Start and wait until the broker accepts connections."""
-        self._process.start(lambda: accepts(self.port))
+        """Start and wait until the broker accepts connections on all its ports."""
+        self._process.start(lambda: all(accepts(port) for port in self._ports))
 
     def stop(self) -> None:
         """Stop cleanly."""

@@ -174,9 +174,10 @@ class Platform:
             )
         return version
 
-    def eventstore(self) -> "Service":
+    def eventstore(self, **settings: str) -> "Service":
         """Return an event store, not yet started."""
-        return Service(self, "eventstore", REFOLD_STORE_DSN=self.store_dsn(), REFOLD_AUTH=self._auth)
+        default = {"REFOLD_STORE_DSN": self.store_dsn(), "REFOLD_AUTH": self._auth}
+        return Service(self, "eventstore", **{**default, **settings})
 
     def relay(self, **settings: str) -> "Service":
         """Return a relay, not yet started."""

@@ -60,6 +60,11 @@ class Postgres:
         secret = f":{password}" if password else ""
         return f"postgresql://{user}{secret}@127.0.0.1:{self.port}/{database}"
 
+    @property
+    def log(self) -> Path:
+        """Return the file of the server's log, of all its starts."""
+        return self._process.log
+
     def start(self) -> None:
         """Start and wait until queries are answered."""
         ready = [str(self._programs / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port)]

@@ -35,9 +35,11 @@ def test_a_cut_connection_is_reset_and_a_hanging_one_goes_on_when_it_heals(postg
 
 
 def test_clients_of_a_broker_behind_the_proxy_are_led_through_it() -> None:
-    with kafka_behind() as (broker, network):
+    with kafka_behind(2) as (broker, (network, other)):
         through = AdminClient({"bootstrap.servers": f"127.0.0.1:{network.port}", "log_level": 0})
+        beside = AdminClient({"bootstrap.servers": f"127.0.0.1:{other.port}", "log_level": 0})
         directly = AdminClient({"bootstrap.servers": broker.bootstrap})
         assert [str(told.port) for told in through.list_topics(timeout=10).brokers.values()] == [str(network.port)]
         network.cut()
         assert [str(told.port) for told in directly.list_topics(timeout=10).brokers.values()] == [str(broker.port)]
+        assert [str(told.port) for told in beside.list_topics(timeout=10).brokers.values()] == [str(other.port)]
