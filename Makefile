@@ -54,11 +54,15 @@ integration: venv servers ## Tests with real PostgreSQL and Kafka on 127.0.0.1
 attack-briefly: venv servers ## Attack each invariant briefly
 	$(PYTEST) tests/attack
 
+ATTACK_LOG := docs/attack/$(shell date -u +%Y-%m-%d).log
+ATTACKS := $(addprefix tests/integration/test_eventstore_,model.py description.py fuzz.py)
+
 .PHONY: attack
 attack: venv servers ## Attack each invariant at length (about 20 minutes); the log goes to docs/attack/
-	@mkdir -p docs/attack
-	REFOLD_DISTURBANCES=100 REFOLD_EXAMPLES=400 $(PYTEST) -v tests/attack tests/integration/test_eventstore_description.py \
-	  tests/integration/test_eventstore_fuzz.py 2>&1 | tee docs/attack/$$(date -u +%Y-%m-%d).log
+	@rm -f $(ATTACK_LOG)
+	REFOLD_DISTURBANCES=112 REFOLD_ATTACK_LOG=$(ATTACK_LOG) $(PYTEST) -v tests/attack
+	REFOLD_EXAMPLES=400 $(PYTEST) -v $(ATTACKS) 2>&1 | tee /dev/stderr | tail -n 1 | tr -d '=' | \
+	  sed 's|^|400 examples in each of $(notdir $(ATTACKS)):|' >> $(ATTACK_LOG)
 
 .PHONY: bench
 bench: venv servers ## Measure beside the machine's limits (WORKLOAD=append-32 ARGS='--runs 3'; default: all)

@@ -3,9 +3,12 @@
 Appends submitted together to one store must do what the model does in the order of their submission. Concurrent clients
 of two stores have no such order: there must be one that respects what came before what, and in which the model answers
 each append as the store did (they are linearizable).
+
+`REFOLD_EXAMPLES` is how many of each (default 100; `make attack`: 400).
 """
 
 import itertools
+import os
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +28,7 @@ Event = tuple[str, str, int]
 Part = tuple[str, list[Event], Any]
 Append = Part | list[Part]
 
+EXAMPLES = int(os.environ.get("REFOLD_EXAMPLES", "100"))
 _examples = itertools.count(1)
 _SUBJECTS = ["s1", "s2", "s3", "s4"]
 _event = st.tuples(st.sampled_from("abcdef"), st.sampled_from(["Made", "Sold"]), st.sampled_from([1, 2]))
@@ -141,7 +145,7 @@ async def check_read(log: Log, example: int, model: Model) -> None:
         assert tuple((one.id, one.type, int(bytes(one.data))) for one in read) == model.subjects.get(subject, ())
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(_append, min_size=1, max_size=12), min_size=1, max_size=5))
 async def test_appends_do_what_the_model_does_in_the_order_of_submission(log: Log, groups: list[list[Append]]) -> None:
     example = next(_examples)
@@ -185,7 +189,7 @@ def explain(clients: Sequence[Sequence[Done]]) -> list[Model]:
     return ends
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(_append, min_size=1, max_size=4), min_size=2, max_size=5))
 async def test_concurrent_clients_of_two_stores_see_outcomes_that_some_order_explains(
     log: Log, other: Log, clients: list[list[Append]]
