@@ -8,7 +8,7 @@ import msgspec
 from refold.events import Event
 from refold.partitioning import partition_of
 from refold.projection import definition as definitions
-from refold.projection.fold import Fold, RowChange, compile_fold, total
+from refold.projection.fold import JOINS, Fold, RowChange, compile_fold
 
 from bench.limits import folding
 from bench.models import CUSTOMERS, ORDERS, Model, compare
@@ -84,6 +84,6 @@ def _apply(rows: folding.Rows, changes: dict[str, RowChange], columns: Sequence[
         row = rows.setdefault(key, [None] * len(columns))
         for column, value in change.set.items():
             row[columns.index(column)] = value
-        for column, added in change.add.items():
+        for column, added in change.merge.items():
             place = columns.index(column)
-            row[place] = total(row[place] or 0, added)
+            row[place] = JOINS["add"](row[place], added)

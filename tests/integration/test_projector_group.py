@@ -118,10 +118,10 @@ async def test_a_former_owner_is_refused_by_the_read_store(world: World, orders:
             Advance(incarnation, 1, 0, 0, None, None, None),
         ]
 
-    owner.apply([RowChange("a", add={"items": 1})], [], step(0, 5))
+    owner.apply([RowChange("a", merge={"items": 1})], [], step(0, 5))
     with pytest.raises(MovedError):
-        former.apply([RowChange("a", add={"items": 100})], [], step(0, 5))
-    owner.apply([RowChange("a", add={"items": 1})], [], step(5, 6))
+        former.apply([RowChange("a", merge={"items": 100})], [], step(0, 5))
+    owner.apply([RowChange("a", merge={"items": 1})], [], step(5, 6))
     assert orders.rows()["a"]["items"] == 2
     assert orders.applied()[incarnation, 0] == 6
     owner.close()

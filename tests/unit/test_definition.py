@@ -1,5 +1,6 @@
 """What a Projection may declare, and how a refusal reads."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -71,10 +72,19 @@ def test_the_designs_example_is_accepted_with_the_rest_of_its_spec() -> None:
         (spec(rule(set={"status": "event.typ"})), "spec.fold[0].set.status (line 1, column 7)", "has no field 'typ'"),
         (spec(rule(set={"colour": "'red'"})), "spec.fold[0].set.colour", "there are status, items, total"),
         (spec(rule(set={"colour": "'red'"}), columns=[]), "spec.fold[0].set.colour", "there are none"),
-        (spec(rule()), "spec.fold[0]", "does nothing: give it set, add or delete"),
+        (spec(rule()), "spec.fold[0]", "does nothing: give it set, add, min, max or delete"),
         (spec(rule(delete=True, set={"open": "true"})), "spec.fold[0].delete", "either deletes the row or changes it"),
-        (spec(rule(set={"items": "1"}, add={"items": "1"})), "spec.fold[0].add.items", "sets items as well"),
-        (spec(rule(add={"status": "'x'"})), "spec.fold[0].add.status", "only integer and numeric columns"),
+        (spec(rule(set={"items": "1"}, add={"items": "1"})), "spec.fold[0].add.items", "has set for items as well"),
+        (spec(rule(add={"status": "'x'"})), "spec.fold[0].add.status", "a column of type integer or numeric"),
+        (spec(rule(add={"total": "null"})), "spec.fold[0].add.total", "add on numeric takes number, not null"),
+        (
+            spec(rule(min={"open": "true"})),
+            "spec.fold[0].min.open",
+            "min needs a column of type text, integer, numeric",
+        ),
+        (spec(rule(max={"lines": "1"})), "spec.fold[0].max.lines", "lines is json"),
+        (spec(rule(max={"at": "1"})), "spec.fold[0].max.at", "max on timestamp takes string or timestamp, not number"),
+        (spec(rule(min={"items": "1"}), rule(max={"items": "1"})), "spec.fold[1].max.items", "another rule has min"),
         (spec(rule(add={"lines": "data.x"})), "spec.fold[0].add.lines", "lines is json"),
         (spec(rule(set={"status": "1"})), "spec.fold[0].set.status", "takes string or null, not number: use string()"),
         (spec(rule(set={"items": "'1'"})), "spec.fold[0].set.items", "takes number or null, not string"),
@@ -131,10 +141,17 @@ def test_rows_fed_by_several_partitions_take_no_operation_that_needs_an_order(fi
     (deleted,) = problems(spec(rule(delete=True), **fields))
     assert deleted.startswith("spec.fold[0].delete: ")
     assert "several partitions, which have no common order" in deleted
-    (mixed,) = problems(spec(rule(set={"items": "1"}), rule(add={"items": "1"}), **fields))
-    assert mixed.startswith("spec.fold[1].add.items: ")
-    assert "either set or add in all rules" in mixed
-    fine = parse(spec(rule(set={"status": "'a'"}, add={"items": "1"}), rule(set={"status": "'b'"}), **fields))
+    for one, other in itertools.permutations(["set", "add", "min", "max"], 2):
+        (mixed,) = problems(spec(rule(**{one: {"items": "1"}}), rule(**{other: {"items": "1"}}), **fields))
+        assert mixed.startswith(f"spec.fold[1].{other}.items: ")
+        assert f"the same of set, add, min or max, and one has {one}" in mixed
+    fine = parse(
+        spec(
+            rule(set={"status": "'a'"}, add={"items": "1"}, max={"at": "event.time"}),
+            rule(set={"status": "'b'"}),
+            **fields,
+        )
+    )
     assert not single_partition(fine)
 
 

@@ -54,6 +54,9 @@ def errors(batch: Batch) -> list[tuple[int, str | None, str]]:
 OPERATIONS = fold(
     {"type": "Set", "set": {"integer": "data.n"}},
     {"type": "Add", "add": {"integer": "data.n"}},
+    {"type": "Min", "min": {"numeric": "data.n"}},
+    {"type": "Max", "max": {"text_2": "string(data.n)"}},
+    {"type": "SetNumeric", "set": {"numeric": "data.n"}},
     {"type": "Delete", "delete": True},
     {"type": "Touch", "set": {"text": "'x'"}},
     {"type": "Nothing", "set": {"text": "'x'"}, "when": "false"},
@@ -64,13 +67,13 @@ OPERATIONS = fold(
     ("sequence", "change"),
     [
         ("Set 1", RowChange("a", set={"integer": 1})),
-        ("Add 1", RowChange("a", add={"integer": 1})),
-        ("Add 1, Add 2", RowChange("a", add={"integer": 3})),
+        ("Add 1", RowChange("a", merge={"integer": 1})),
+        ("Add 1, Add 2", RowChange("a", merge={"integer": 3})),
         ("Add 1, Set 5", RowChange("a", set={"integer": 5})),
         ("Set 5, Add 1", RowChange("a", set={"integer": 6})),
         ("Set null, Add 1", RowChange("a", set={"integer": 1})),
         ("Set 5, Set null", RowChange("a", set={"integer": None})),
-        ("Add 1, Touch", RowChange("a", set={"text": "x"}, add={"integer": 1})),
+        ("Add 1, Touch", RowChange("a", set={"text": "x"}, merge={"integer": 1})),
         ("Delete", RowChange("a", deleted_first=True, exists_after=False)),
         ("Add 1, Set 2, Delete", RowChange("a", deleted_first=True, exists_after=False)),
         ("Delete, Add 1", RowChange("a", deleted_first=True, set={"integer": 1})),
@@ -78,7 +81,15 @@ OPERATIONS = fold(
         ("Add 1, Set 7, Delete, Add 4", RowChange("a", deleted_first=True, set={"integer": 4})),
         ("Delete, Touch, Delete", RowChange("a", deleted_first=True, exists_after=False)),
         ("Delete, Set 3, Delete, Touch", RowChange("a", deleted_first=True, set={"text": "x"})),
-        ("Add 0", RowChange("a", add={"integer": 0})),
+        ("Min 3", RowChange("a", merge={"numeric": 3})),
+        ("Min 3, Min 2, Min 4", RowChange("a", merge={"numeric": 2})),
+        ("Min 3, SetNumeric 5", RowChange("a", set={"numeric": 5})),
+        ("SetNumeric 5, Min 3, Min 4", RowChange("a", set={"numeric": 3})),
+        ("SetNumeric null, Min 3", RowChange("a", set={"numeric": 3})),
+        ("Max 3, Max 20, Max 5", RowChange("a", merge={"text_2": "5"})),
+        ("Min 1, Max 1, Add 1", RowChange("a", merge={"numeric": 1, "text_2": "1", "integer": 1})),
+        ("Min 1, Delete, Min 3, Min 2", RowChange("a", deleted_first=True, set={"numeric": 2})),
+        ("Add 0", RowChange("a", merge={"integer": 0})),
     ],
 )
 def test_a_batch_becomes_one_change_of_its_row(sequence: str, change: RowChange) -> None:
@@ -113,7 +124,7 @@ def test_several_rules_of_a_type_apply_in_order() -> None:
 def test_conditions_absorb_errors_as_cel_says_and_the_event_still_applies() -> None:
     compiled = fold({"type": "E", "add": {"integer": "data.n"}, "when": "data.kind == 'a' || data.n > 1"})
     batch = folded(compiled, event("E", '{"n": 2}'), event("E", '{"n": 3}', position=2))
-    assert batch.changes["a"].add == {"integer": 5}
+    assert batch.changes["a"].merge == {"integer": 5}
     assert batch.parked == []
 
 
@@ -175,6 +186,11 @@ def test_a_value_arrives_in_its_columns_type(column: str, expression: str, value
         ("add", "numeric", "data.nothing", "null can't be added"),
         ("add", "numeric", "data.s", "takes a number, not string"),
         ("add", "integer", "data.n", "is not a whole number"),
+        ("min", "integer", "data.nothing", "fold[0].min.integer: null is neither less nor greater: guard it"),
+        ("max", "text", "data.nothing", "null is neither less nor greater"),
+        ("max", "timestamp", "data.nothing", "null is neither less nor greater"),
+        ("max", "timestamp", "data.s", "is not a time like"),
+        ("min", "numeric", "data.huge", "more digits than a numeric column keeps"),
     ],
 )
 def test_a_value_that_its_column_cannot_take_is_a_bad_event(
@@ -192,9 +208,16 @@ def test_sums_are_exact() -> None:
     compiled = fold({"type": "E", "add": {"numeric": "data.n"}})
     numbers = ["0.1", "0.2", "1e-150", "12345678901234567890123456789012345678901234567890", "0.3", "1"]
     batch = folded(compiled, *(event("E", f'{{"n": {n}}}', position=i) for i, n in enumerate(numbers, 1)))
-    assert batch.changes["a"].add["numeric"] == Decimal(
+    assert batch.changes["a"].merge["numeric"] == Decimal(
         "12345678901234567890123456789012345678901234567891.6" + "0" * 148 + "1"
     )
+
+
+def test_of_equal_numbers_the_least_has_one_form_whichever_came_first() -> None:
+    compiled = fold({"type": "E", "min": {"numeric": "data.n"}}, key="'row'")
+    for first, second in [("2", "2.0"), ("2.0", "2"), ("2.00", "2.0")]:
+        batch = folded(compiled, event("E", f'{{"n": {first}}}'), event("E", f'{{"n": {second}}}', position=2))
+        assert str(batch.changes["row"].merge["numeric"]) == "2"
 
 
 def test_a_bad_event_has_no_effect_at_all_and_parks_its_row_in_its_partition() -> None:
@@ -210,7 +233,7 @@ def test_a_bad_event_has_no_effect_at_all_and_parks_its_row_in_its_partition() -
         event("E", '{"t": "7", "n": 7}', position=7, partition=1),
     )
     assert batch.changes["b"].set == {"text": "4"}
-    assert (batch.changes["a"].set, batch.changes["a"].add) == ({"text": "7"}, {"integer": 8})
+    assert (batch.changes["a"].set, batch.changes["a"].merge) == ({"text": "7"}, {"integer": 8})
     assert errors(batch) == [
         (2, "a", "fold[0].add.integer: data has no field 'n' (line 1, column 6)"),
         (3, "a", "follows an event of its row that is parked"),
@@ -244,7 +267,7 @@ def test_where_the_key_fails_the_subject_is_parked() -> None:
         event("E", '{"k": "x"}', position=4, subject="other"),
         event("E", '{"k": 5}', position=5, subject="third"),
     )
-    assert batch.changes["x"].add == {"integer": 2}
+    assert batch.changes["x"].merge == {"integer": 2}
     assert errors(batch) == [
         (2, None, "key: data has no field 'k' (line 1, column 6)"),
         (3, None, "follows an event of its subject that is parked"),
@@ -276,7 +299,7 @@ def test_one_event_goes_to_each_row_of_a_list_once() -> None:
     compiled = fold({"type": "E", "add": {"integer": "data.n"}}, key="data.rows")
     good = event("E", '{"rows": ["x", "y", "x"], "n": 1}', position=1)
     batch = folded(compiled, good, event("E", '{"rows": [], "n": 1}', position=2))
-    assert {key: change.add for key, change in batch.changes.items()} == {"x": {"integer": 1}, "y": {"integer": 1}}
+    assert {key: change.merge for key, change in batch.changes.items()} == {"x": {"integer": 1}, "y": {"integer": 1}}
 
     batch = folded(compiled, good, parked=Parked(rows={(INCARNATION, 0, "x")}))
     assert set(batch.changes) == {"y"}
@@ -324,7 +347,7 @@ def test_in_rows_fed_by_several_partitions_the_later_stamp_wins_within_a_batch()
     assert batch.changes["row"] == RowChange(
         "row",
         set={"text": "late", "text_2": "f"},
-        add={"integer": 3},
+        merge={"integer": 3},
         stamps={"text": Stamp(late, "bb", 3, 7), "text_2": Stamp(early, "aa", 4, 10)},
     )
 
@@ -338,6 +361,6 @@ def test_batches_share_nothing() -> None:
     compiled = fold({"type": "E", "add": {"integer": "data.n"}})
     first = folded(compiled, event("E", '{"n": 1}'), event("E", "{}", position=2))
     second = folded(compiled, event("E", '{"n": 2}'))
-    assert first.changes["a"].add == {"integer": 1}
-    assert second.changes["a"].add == {"integer": 2}
+    assert first.changes["a"].merge == {"integer": 1}
+    assert second.changes["a"].merge == {"integer": 2}
     assert second.parked == []

@@ -82,7 +82,7 @@ def apply(rows: Table, stamps: dict[tuple[str, str], Any], change: RowChange) ->
         if stamp is None or stamp > stamps.get((change.key, column), (TIME - dt.timedelta(days=1),)):
             row[column] = value
             stamps[change.key, column] = stamp
-    for column, added in change.add.items():
+    for column, added in change.merge.items():
         row[column] = (row[column] or 0) + added
     rows[change.key] = row
 

@@ -100,7 +100,7 @@ def test_only_set_columns_of_rows_fed_by_several_partitions_have_stamps() -> Non
 def test_copy_text_escapes_what_would_end_a_value() -> None:
     writer = _Writer(definition(single=True), sql.Identifier("rows"))
     changes = [
-        RowChange("a\tb", set={"text": "x\\y\nz\r"}, add={"sum": Decimal("1E+3")}),
+        RowChange("a\tb", set={"text": "x\\y\nz\r"}, merge={"sum": Decimal("1E+3")}),
         RowChange("gone", exists_after=False),
         RowChange("null", set={"text": None}),
     ]

@@ -16,6 +16,8 @@ from pydantic_core import ErrorDetails
 from refold.projection import cel
 from refold.projection.values import CONVERSIONS
 
+#: What a rule can do to a column; all but `set` depend on what stands there.
+OPERATIONS = ("set", "add", "min", "max")
 _COLUMN_NAME = r"^[a-z][a-z0-9_]{0,39}$"
 
 
@@ -43,13 +45,24 @@ class Column(_Model):
 
 
 class FoldRule(_Model):
-    """What one event type does to its row: expressions by column, or the row's deletion."""
+    """What one event type does to its row: expressions by column, or the row's deletion.
+
+    docs/operations.md tells what each operation does.
+    """
 
     type: Annotated[str, Field(min_length=1, max_length=512)]
     set: dict[str, str] = {}
     add: dict[str, str] = {}
+    min: dict[str, str] = {}
+    max: dict[str, str] = {}
     delete: bool = False
     when: str | None = None
+
+    def assignments(self) -> Iterator[tuple[str, str, str]]:
+        """Yield what the rule does to columns: operation, column, expression."""
+        for operation in OPERATIONS:
+            for column, source in getattr(self, operation).items():
+                yield operation, column, source
 
 
 class Definition(_Model):
@@ -140,9 +153,20 @@ def check(definition: Definition) -> list[Problem]:
     problems = [*_check_names(definition), *_check_key(definition.key)]
     for position, rule in enumerate(definition.fold):
         problems += _check_rule(f"spec.fold[{position}]", rule, columns)
-    if not problems and not single_partition(definition):
-        problems += _check_several_partitions(definition)
+    if not problems:
+        single = single_partition(definition)
+        problems += _check_merges(definition) if single else _check_several_partitions(definition)
     return problems
+
+
+def merges(definition: Definition) -> dict[str, str]:
+    """Return the columns that take values which join the one before, each with how: `add`, `min` or `max`."""
+    return {
+        column: operation
+        for rule in definition.fold
+        for operation, column, _ in rule.assignments()
+        if operation != "set"
+    }
 
 
 def single_partition(definition: Definition) -> bool:
@@ -181,9 +205,10 @@ def _check_key(source: str) -> Iterator[Problem]:
 
 
 def _check_rule(path: str, rule: FoldRule, columns: Mapping[str, str]) -> Iterator[Problem]:
-    if not (rule.set or rule.add or rule.delete):
-        yield Problem(path, "NothingToDo", "the rule does nothing: give it set, add or delete")
-    if rule.delete and (rule.set or rule.add):
+    assignments = list(rule.assignments())
+    if not (assignments or rule.delete):
+        yield Problem(path, "NothingToDo", f"the rule does nothing: give it {', '.join(OPERATIONS)} or delete")
+    if rule.delete and assignments:
         yield Problem(f"{path}.delete", "Conflict", "a rule either deletes the row or changes it: make two rules of it")
     if rule.when is not None:
         expression = _compiled(f"{path}.when", rule.when)
@@ -191,12 +216,12 @@ def _check_rule(path: str, rule: FoldRule, columns: Mapping[str, str]) -> Iterat
             yield expression
         elif not expression.kind & cel.Kind.BOOL:
             yield Problem(f"{path}.when", "WrongType", f"when must be true or false, not {expression.kind.title}")
-    for operation, assignments in (("set", rule.set), ("add", rule.add)):
-        for column, source in assignments.items():
-            yield from _check_assignment(f"{path}.{operation}.{column}", operation, column, source, columns)
-            if operation == "add" and column in rule.set:
-                message = f"the rule sets {column} as well: set it to the sum, or leave one of the two away"
-                yield Problem(f"{path}.add.{column}", "Conflict", message)
+    used: dict[str, str] = {}
+    for operation, column, source in assignments:
+        place = f"{path}.{operation}.{column}"
+        yield from _check_assignment(place, operation, column, source, columns)
+        if (other := used.setdefault(column, operation)) != operation:
+            yield Problem(place, "Conflict", f"the rule has {other} for {column} as well: make two rules of it")
 
 
 def _check_assignment(
@@ -210,13 +235,30 @@ def _check_assignment(
         yield Problem(path, "UnknownColumn", f"{column} is not in spec.columns ({there_are}): declare it there")
         return
     kind = columns[column]
-    conversion = CONVERSIONS[kind]
-    if operation == "add" and conversion.add is None:
-        yield Problem(path, "NotNumeric", f"only integer and numeric columns can be added to, {column} is {kind}")
-    elif isinstance(expression, cel.Expression) and not expression.kind & conversion.kinds:
-        message = f"{column} is {kind}, which takes {conversion.kinds.title}, not {expression.kind.title}"
+    if operation not in CONVERSIONS[kind].functions:
+        takers = [name for name, conversion in CONVERSIONS.items() if operation in conversion.functions]
+        message = f"{operation} needs a column of type {_listed(takers)}, {column} is {kind}"
+        yield Problem(path, "WrongColumnType", message)
+        return
+    takes = CONVERSIONS[kind].kinds
+    if operation != "set":
+        takes &= ~cel.Kind.NULL
+    if isinstance(expression, cel.Expression) and not expression.kind & takes:
+        what = f"{column} is {kind}, which takes" if operation == "set" else f"{operation} on {kind} takes"
         way_out = ": use string()" if kind == ColumnType.TEXT else ""
-        yield Problem(path, "WrongType", message + way_out)
+        yield Problem(path, "WrongType", f"{what} {takes.title}, not {expression.kind.title}{way_out}")
+
+
+def _check_merges(definition: Definition) -> Iterator[Problem]:
+    """Refuse two ways to join a column's value with the one before."""
+    used: dict[str, str] = {}
+    for position, rule in enumerate(definition.fold):
+        for operation, column, _ in rule.assignments():
+            if operation != "set" and (other := used.setdefault(column, operation)) != operation:
+                message = (
+                    f"another rule has {other} for {column}: of add, min and max a column takes one, use two columns"
+                )
+                yield Problem(f"spec.fold[{position}].{operation}.{column}", "Conflict", message)
 
 
 def _check_several_partitions(definition: Definition) -> Iterator[Problem]:
@@ -232,11 +274,10 @@ def _check_several_partitions(definition: Definition) -> Iterator[Problem]:
                 "NeedsOnePartition",
                 f"{why}: set a column such as `deleted` instead, or use one stream with key: subject",
             )
-        for operation, assignments in (("set", rule.set), ("add", rule.add)):
-            for column in assignments:
-                if used.setdefault(column, operation) != operation:
-                    message = f"{why}: {column} takes either set or add in all rules, use two columns"
-                    yield Problem(f"{path}.{operation}.{column}", "NeedsOnePartition", message)
+        for operation, column, _ in rule.assignments():
+            if (other := used.setdefault(column, operation)) != operation:
+                message = f"{why}: all rules for {column} use the same of {_listed(OPERATIONS)}, and one has {other}"
+                yield Problem(f"{path}.{operation}.{column}", "NeedsOnePartition", message)
 
 
 def _compiled(path: str, source: str) -> cel.Expression | Problem:
@@ -244,6 +285,10 @@ def _compiled(path: str, source: str) -> cel.Expression | Problem:
         return cel.check(source)
     except cel.CelError as error:
         return Problem(path, "InvalidExpression", error.message, error.line, error.column)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _malformed(details: ErrorDetails) -> Problem:

@@ -15,9 +15,10 @@ beyond 64 bits) is found by folding smaller batches; its key then goes into `Par
 How a `RowChange` becomes SQL (`old` is the row before, which the fold never needs to know):
 
     not exists_after                      delete
-    exists_after and deleted_first        the new row is `set`, all other columns NULL (`add` is empty)
-    exists_after and not deleted_first    a column in `set` takes that value, one in `add` coalesce(old, 0) + value, the
-                                          others keep theirs, which is NULL where there was no row
+    exists_after and deleted_first        the new row is `set`, all other columns NULL (`merge` is empty)
+    exists_after and not deleted_first    a column in `set` takes that value, one in `merge` what `definition.merges`
+                                          says of old and value (the sum, the least, the greatest; the value where
+                                          old is NULL), the others keep theirs, which is NULL where there was no row
 
 A row fed by several partitions (`not fold.single_partition`) is never deleted, and each of its set columns has a stamp
 in `stamps`: the column takes the value only where the stamp is greater than the one kept beside it (or none is kept).
@@ -32,7 +33,7 @@ import datetime as dt
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, Inexact, InvalidOperation, Overflow
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -61,7 +62,7 @@ class RowChange(msgspec.Struct):
     deleted_first: bool = False
     exists_after: bool = True
     set: dict[str, Value] = {}
-    add: dict[str, int | Decimal] = {}
+    merge: dict[str, Value] = {}
     stamps: dict[str, Stamp] = {}
 
 
@@ -186,11 +187,25 @@ def compile_fold(definition: Definition) -> Fold:
     return Fold(definition)
 
 
-def total(one: int | Decimal, other: int | Decimal) -> int | Decimal:
-    """Return the exact sum of two values of a numeric column."""
+def total(one: int | Decimal | None, other: int | Decimal) -> int | Decimal:
+    """Return the exact sum of two values of a column; null counts as 0."""
     if type(one) is int and type(other) is int:
         return one + other
-    return _SUM.add(one, other)
+    return _SUM.add(one or 0, other)
+
+
+def least(one: Any, other: Any) -> Any:
+    """Return the lesser of two values of a column; `one` where they are equal, `other` where `one` is null."""
+    return other if one is None or other < one else one
+
+
+def greatest(one: Any, other: Any) -> Any:
+    """Return the greater of two values of a column, as `least`."""
+    return other if one is None or other > one else one
+
+
+#: What becomes of a column's value (null where there is none) and one that an operation brings, which is never null.
+JOINS: Mapping[str, Callable[[Any, Any], Any]] = {"add": total, "min": least, "max": greatest}
 
 
 def _reason(error: Exception) -> str:
@@ -199,7 +214,7 @@ def _reason(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class _Effect:
-    """One column of one rule: `operation` is set or add."""
+    """One column of one rule."""
 
     path: str
     operation: str
@@ -216,13 +231,10 @@ class _RulePlan:
         self.delete = rule.delete
         self.when = None if rule.when is None else cel.check(rule.when, prefix=f"w{position}_")
         self.effects: list[_Effect] = []
-        for operation, assignments in (("set", rule.set), ("add", rule.add)):
-            for column, source in assignments.items():
-                conversion = CONVERSIONS[types[column]]
-                convert = conversion.set if operation == "set" else conversion.add
-                assert convert is not None
-                expression = cel.check(source, prefix=f"e{position}_{len(self.effects)}_")
-                self.effects.append(_Effect(f"{path}.{operation}.{column}", operation, column, expression, convert))
+        for operation, column, source in rule.assignments():
+            convert = CONVERSIONS[types[column]].functions[operation]
+            expression = cel.check(source, prefix=f"e{position}_{len(self.effects)}_")
+            self.effects.append(_Effect(f"{path}.{operation}.{column}", operation, column, expression, convert))
         self.nothing: list[Value] = [None] * len(self.effects)
         self._when = None if self.when is None else cel.python_function(self.when, self.when.exact)
         self._exact = [cel.python_function(effect.expression, effect.expression.exact) for effect in self.effects]
@@ -310,7 +322,7 @@ class _Plan:
             "_decode": decode,
             "_to_key": to_key,
             "_to_keys": to_keys,
-            "_total": total,
+            **{f"_join_{operation}": join for operation, join in JOINS.items()},
             "_row": RowChange,
             "_stamp": Stamp,
             "_parked_error": _ParkedError,
@@ -374,7 +386,7 @@ class _Plan:
         with source:
             source.line("row = rows.get(key)")
             source.line("if row is None: row = rows[key] = _row(key)")
-            source.line("new, sums = row.set, row.add")
+            source.line("new, merged = row.set, row.merge")
             if not self.single:
                 source.line("stamp = _stamp(event.time, incarnation, event.partition, event.position)")
                 source.line("stamps = row.stamps")
@@ -387,25 +399,24 @@ class _Plan:
     def _write_rule(self, source: "_Source", rule: _RulePlan, names: Iterable[str]) -> None:
         if rule.delete:
             source.line("row.deleted_first, row.exists_after = True, False")
-            source.line("new.clear(); sums.clear()")
+            source.line("new.clear(); merged.clear()")
             return
         if self.single:
             source.line("row.exists_after = True")
-            adds = [effect.column for effect in rule.effects if effect.operation == "add"]
-            if adds:
+            if any(effect.operation != "set" for effect in rule.effects):
                 source.line("fresh = row.deleted_first")
         for effect, value in zip(rule.effects, names, strict=False):
-            column = repr(effect.column)
-            if effect.operation == "add":
+            column, join = repr(effect.column), f"_join_{effect.operation}"
+            if effect.operation != "set":
                 if self.single:
-                    source.line(f"if fresh or {column} in new: new[{column}] = _total(new.get({column}) or 0, {value})")
-                    source.line(f"elif {column} in sums: sums[{column}] = _total(sums[{column}], {value})")
+                    source.line(f"if fresh or {column} in new: new[{column}] = {join}(new.get({column}), {value})")
+                    source.line(f"elif {column} in merged: merged[{column}] = {join}(merged[{column}], {value})")
                 else:
-                    source.line(f"if {column} in sums: sums[{column}] = _total(sums[{column}], {value})")
-                source.line(f"else: sums[{column}] = {value}")
+                    source.line(f"if {column} in merged: merged[{column}] = {join}(merged[{column}], {value})")
+                source.line(f"else: merged[{column}] = {value}")
             elif self.single:
                 source.line(f"new[{column}] = {value}")
-                source.line(f"if sums: sums.pop({column}, None)")
+                source.line(f"if merged: merged.pop({column}, None)")
             else:
                 source.line(f"if {column} not in stamps or stamp >= stamps[{column}]:")
                 source.line(f"    new[{column}] = {value}; stamps[{column}] = stamp")

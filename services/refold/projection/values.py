@@ -6,9 +6,9 @@ null is NULL in every column. Every function raises EvaluationError.
 
 import datetime as dt
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from decimal import Decimal
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import msgspec
 
@@ -109,6 +109,36 @@ def to_integer_addend(value: object) -> int:
     return number
 
 
+def to_text_bound(value: object) -> str:
+    """Return what a text column is compared with, by code points."""
+    text = to_text(value)
+    return _no_order() if text is None else text
+
+
+def to_integer_bound(value: object) -> int:
+    """Return what an integer column is compared with."""
+    number = to_integer(value)
+    return _no_order() if number is None else number
+
+
+def to_numeric_bound(value: object) -> int | Decimal:
+    """Return what a numeric column is compared with, in one form: of 2 and 2.0 it doesn't matter which came first."""
+    number = to_numeric(value)
+    if type(number) is Decimal:
+        return number.normalize(EXACT)
+    return _no_order() if number is None else number
+
+
+def to_moment_bound(value: object) -> dt.datetime:
+    """Return what a timestamp column is compared with."""
+    moment = to_moment(value)
+    return _no_order() if moment is None else moment
+
+
+def _no_order() -> NoReturn:
+    raise EvaluationError("null is neither less nor greater: guard it, like when: has(data.x)")
+
+
 def to_key(value: object) -> str:
     """Return a row's key: 1 to 512 bytes of UTF-8 without NUL."""
     if type(value) is not str:
@@ -144,19 +174,26 @@ _encoder = msgspec.json.Encoder(decimal_format="number")
 
 
 class Conversion(NamedTuple):
-    """What a column type takes: the kinds that an expression may have, and the functions for `set` and `add`."""
+    """What a column type takes: the kinds of an expression that it is set to, and by operation the functions."""
 
     kinds: Kind
-    set: Callable[[object], Value]
-    add: Callable[[object], int | Decimal] | None = None
+    functions: Mapping[str, Callable[[object], Value]]
 
 
 #: By column type.
 CONVERSIONS = {
-    "text": Conversion(Kind.STRING | Kind.NULL, to_text),
-    "integer": Conversion(Kind.NUMBER | Kind.NULL, to_integer, to_integer_addend),
-    "numeric": Conversion(Kind.NUMBER | Kind.NULL, to_numeric, to_addend),
-    "boolean": Conversion(Kind.BOOL | Kind.NULL, to_boolean),
-    "timestamp": Conversion(Kind.TIMESTAMP | Kind.STRING | Kind.NULL, to_moment),
-    "json": Conversion(Kind.ANY, to_json),
+    "text": Conversion(Kind.STRING | Kind.NULL, {"set": to_text, "min": to_text_bound, "max": to_text_bound}),
+    "integer": Conversion(
+        Kind.NUMBER | Kind.NULL,
+        {"set": to_integer, "add": to_integer_addend, "min": to_integer_bound, "max": to_integer_bound},
+    ),
+    "numeric": Conversion(
+        Kind.NUMBER | Kind.NULL,
+        {"set": to_numeric, "add": to_addend, "min": to_numeric_bound, "max": to_numeric_bound},
+    ),
+    "boolean": Conversion(Kind.BOOL | Kind.NULL, {"set": to_boolean}),
+    "timestamp": Conversion(
+        Kind.TIMESTAMP | Kind.STRING | Kind.NULL, {"set": to_moment, "min": to_moment_bound, "max": to_moment_bound}
+    ),
+    "json": Conversion(Kind.ANY, {"set": to_json}),
 }

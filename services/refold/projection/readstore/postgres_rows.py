@@ -8,9 +8,9 @@ How a batch is written (`PostgresRows.apply`):
    another owner has written in the meantime: `MovedError`, and nothing happens. From here on until the commit the
    server ends the transaction of a frozen process after `idle_in_transaction_session_timeout`.
 3. One INSERT … ON CONFLICT DO UPDATE (or DELETE) for each shape of change, where a shape is which columns are set and
-   which are added to. Rows fed by several partitions have one shape, so that all projectors lock rows in the order of
-   their keys. `add` adds in SQL, and a column that is set has its stamp beside it, of which the later wins: no update
-   is lost whoever writes first.
+   which are merged with. Rows fed by several partitions have one shape, so that all projectors lock rows in the order
+   of their keys. `add`, `min` and `max` join in SQL, and a column that is set has its stamp beside it, of which the
+   later wins: no update is lost whoever writes first.
 4. Parked events and the positions.
 
 The rows of one partition are only ever written by who holds the lock on its position, so that rows fed by one partition
@@ -29,7 +29,7 @@ from psycopg import sql
 from psycopg.rows import class_row
 
 from refold import names
-from refold.projection.definition import ColumnType, VersionDefinition, single_partition
+from refold.projection.definition import ColumnType, VersionDefinition, merges, single_partition
 from refold.projection.fold import Parked, ParkedEvent, RowChange, Stamp
 from refold.projection.readstore import MovedError, NotFoundError, RefusedError, UnavailableError
 from refold.projection.readstore.postgres import TYPES, rows_table, stamp_column, stamped
@@ -46,6 +46,12 @@ _TRANSIENT = frozenset({"40P01", "40001", "55P03"})
 _TRANSIENT_TRIES = 5
 #: Classes of SQLSTATEs that blame the data: data exception, integrity, program limits (an index row too large).
 _DATA = ("22", "23", "54")
+#: How a column of the row `r` and what an operation brings become one; a null on either side counts for nothing.
+_JOINS = {
+    "add": "coalesce(r.{0} + excluded.{0}, r.{0}, excluded.{0})",
+    "min": "least(r.{0}, excluded.{0})",
+    "max": "greatest(r.{0}, excluded.{0})",
+}
 _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _MICROSECOND = dt.timedelta(microseconds=1)
@@ -325,7 +331,7 @@ class _Writer:
         self._stamped = stamped(fold)
         self._text = {column.name: _TEXT[column.type] for column in fold.columns}
         types = {column.name: TYPES[column.type] for column in fold.columns}
-        self._added = {column for rule in fold.fold for column in rule.add}
+        self._joins = {column: sql.SQL(_JOINS[operation]) for column, operation in merges(fold).items()}
         definitions = [sql.SQL("{} {}").format(sql.Identifier(name), sql.SQL(types[name])) for name in self._columns]
         stamps = [sql.SQL('{} text collate "C"').format(sql.Identifier(stamp_column(name))) for name in self._stamped]
         self.create_stage = sql.SQL(
@@ -344,7 +350,7 @@ class _Writer:
             return _copy_text(lines), self._merge() if lines else None
         shapes: dict[tuple[bool, bool, frozenset[str], frozenset[str]], int] = {}
         for change in changes:
-            shape = (change.exists_after, change.deleted_first, frozenset(change.set), frozenset(change.add))
+            shape = (change.exists_after, change.deleted_first, frozenset(change.set), frozenset(change.merge))
             number = shapes.setdefault(shape, len(shapes))
             values = [self._value(change, name) for name in self._columns]
             lines.append("\t".join([str(number), change.key.translate(_ESCAPES), *values]))
@@ -354,24 +360,22 @@ class _Writer:
     def _value(self, change: RowChange, name: str) -> str:
         value = change.set.get(name)
         if value is None:
-            value = change.add.get(name)
+            value = change.merge.get(name)
             if value is None:
                 return "\\N"
         return self._text[name](value)
 
     def _statement(
-        self, number: int, exists_after: bool, deleted_first: bool, set_: frozenset[str], add: frozenset[str]
+        self, number: int, exists_after: bool, deleted_first: bool, set_: frozenset[str], merge: frozenset[str]
     ) -> sql.Composed:
         """Return what brings the changes of one shape into rows that no other transaction writes."""
         if not exists_after:
             return sql.SQL('delete from {} r using pg_temp.stage s where s."~shape" = {} and r.key = s.key').format(
                 self._table, sql.Literal(number)
             )
-        columns = self._columns if deleted_first else [name for name in self._columns if name in set_ or name in add]
+        columns = self._columns if deleted_first else [name for name in self._columns if name in set_ or name in merge]
         updates = [
-            sql.SQL("{0} = coalesce(r.{0}, 0) + excluded.{0}" if name in add else "{0} = excluded.{0}").format(
-                sql.Identifier(name)
-            )
+            self._joined(name) if name in merge else sql.SQL("{0} = excluded.{0}").format(sql.Identifier(name))
             for name in columns
         ]
         return self._insert(number, columns, updates)
@@ -388,10 +392,13 @@ class _Writer:
                         "{1} = greatest(r.{1}, excluded.{1})"
                     ).format(column, stamp)
                 )
-            elif name in self._added:
-                updates.append(sql.SQL("{0} = coalesce(r.{0} + excluded.{0}, r.{0}, excluded.{0})").format(column))
+            elif name in self._joins:
+                updates.append(self._joined(name))
         columns = [*self._columns, *(stamp_column(name) for name in self._stamped)]
         return self._insert(0, columns, updates)
+
+    def _joined(self, name: str) -> sql.Composed:
+        return sql.SQL("{0} = ").format(sql.Identifier(name)) + self._joins[name].format(sql.Identifier(name))
 
     def _insert(self, number: int, columns: Sequence[str], updates: Sequence[sql.Composed]) -> sql.Composed:
         names_ = sql.SQL(", ").join(sql.Identifier(name) for name in ["key", *columns])
