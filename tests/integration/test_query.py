@@ -2,133 +2,31 @@
 
 import asyncio
 import http.client
-import random
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from urllib.parse import quote, urlencode
 
 import psycopg
 import pytest
-from psycopg import sql
-from refold import names, tokens
-from refold.projection.definition import VersionDefinition
+from refold import tokens
 from refold.projection.readstore import postgres as readstore
-from refold.query.server import app
-from refold.query.settings import Settings
 
 from hack.servers import Postgres
-from hack.servers.callers import tokens_file
-from tests.served import Served, serve
-
-TOKEN = "a-secret"
-SCHEMA = names.read_schema("shop", "order-status")
-INCARNATION = "0123456789abcdef"
-
-
-def definition(*, indexed: tuple[str, ...] = ("status", "items", "total", "paid", "at")) -> VersionDefinition:
-    columns = {
-        "status": "text",
-        "items": "integer",
-        "total": "numeric",
-        "paid": "boolean",
-        "at": "timestamp",
-        "more": "json",
-        "plain": "text",
-    }
-    return VersionDefinition.model_validate(
-        {
-            "definition": {
-                "streams": ["orders"],
-                "columns": [{"name": n, "type": t, "index": n in indexed} for n, t in columns.items()],
-                "fold": [{"type": "OrderPlaced", "set": {"status": "'placed'"}}],
-            },
-            "streams": [
-                {
-                    "namespace": "shop",
-                    "name": "orders",
-                    "incarnation": INCARNATION,
-                    "partitions": 2,
-                    "topic": "shop.orders",
-                    "schema": "shop.orders",
-                }
-            ],
-        }
-    )
-
-
-class Model:
-    """A read model in `database`, changed as a projector and the operator would."""
-
-    def __init__(self, database: str) -> None:
-        self.database = database
-
-    def execute(self, statement: str, *parameters: object) -> None:
-        with psycopg.connect(self.database, autocommit=True) as connection:
-            connection.execute(sql.SQL(statement).format(s=sql.Identifier(SCHEMA)), parameters)
-
-    def put(self, key: str, version: str = "v1", **columns: object) -> None:
-        into = sql.SQL("insert into {} ({}) values ({})").format(
-            sql.Identifier(SCHEMA, readstore.rows_table(version)),
-            sql.SQL(", ").join(map(sql.Identifier, ["key", *columns])),
-            sql.SQL(", ").join([sql.SQL("%s")] * (len(columns) + 1)),
-        )
-        with psycopg.connect(self.database, autocommit=True) as connection:
-            connection.execute(into, [key, *columns.values()])
-
-    def advance(self, partition: int, position: int, head: int, version: str = "v1") -> None:
-        self.execute(
-            "update {s}.positions set position = %s, head = %s, seen_at = now() where partition = %s and version = %s",
-            position,
-            head,
-            partition,
-            version,
-        )
-
-    async def version(self, name: str = "v1", wanted: VersionDefinition | None = None) -> None:
-        async with await psycopg.AsyncConnection.connect(self.database, autocommit=True) as connection:
-            await readstore.ensure_version(
-                connection,
-                namespace="shop",
-                name="order-status",
-                version=name,
-                definition=wanted or definition(),
-            )
+from tests import querying
+from tests.querying import INCARNATION, SCHEMA, TOKEN, Model, definition, where
+from tests.served import Served
 
 
 @pytest.fixture
 async def model(database: str) -> Model:
-    model = Model(database)
-    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as connection:
-        await readstore.install(connection)
-        await readstore.claim_projection(connection, namespace="shop", name="order-status", uid="u1")
-        await readstore.ensure_logins(
-            connection, namespace="shop", name="order-status", projector_password="p" * 32, query_password="q" * 32
-        )
-    return model
+    return await querying.make(database)
 
 
 @pytest.fixture
 def served(model: Model, postgres: Postgres) -> Iterator[Served]:
-    """The service, logged in with the rights that the operator gives it."""
-    database = psycopg.conninfo.conninfo_to_dict(model.database)["dbname"]
-    assert isinstance(database, str)
-    _, login = readstore.logins(database, SCHEMA)
-    dsn = postgres.dsn(database, user=quote(login, safe=""), password="q" * 32)
-    settings = Settings.model_validate(
-        {"projection": "shop/order-status", "readstore_dsn": dsn, "auth": tokens_file(TOKEN)}
-    )
-    with serve(app(settings), TOKEN) as served:
-        yield served
-
-
-def where(served: Served, *filters: str, **more: object) -> list[str]:
-    answer = served.ask("/v1/rows?" + urlencode([("where", f) for f in filters] + list(more.items())))
-    assert answer.status == 200, answer.body
-    return [row["key"] for row in answer.json()["rows"]]
+    with querying.serve(model, postgres) as service:
+        yield service
 
 
 def eventually(check: Callable[[], bool], seconds: float = 10) -> None:
@@ -224,7 +122,18 @@ async def test_filters_select_rows_by_typed_values(model: Model, served: Served)
         ("where=plain:eq:x", 422, "column-not-indexed"),
         ("where=colour:eq:x", 422, "unknown-column"),
         ("where=items:eq:x", 422, "invalid-value"),
+        ("where=paid:gt:true", 422, "operator-not-for-type"),
+        ("where=more:eq:x", 422, "not-comparable"),
+        ("where=items:like:x", 422, "unknown-operator"),
         ("where=items", 400, "invalid-query"),
+        ("order=plain", 422, "column-not-indexed"),
+        ("order=more", 422, "not-comparable"),
+        ("order=colour:desc", 422, "unknown-column"),
+        ("order=~items", 422, "unknown-column"),
+        ("order=items:down", 400, "invalid-query"),
+        ("order=items&order=total", 400, "invalid-query"),
+        ("key=%00", 400, "invalid-key"),
+        ("&".join(["key=a"] * 101), 400, "invalid-query"),
         ("limit=0", 400, "invalid-query"),
         ("limit=1001", 400, "invalid-query"),
         ("limit=-1", 400, "invalid-query"),
@@ -483,21 +392,3 @@ async def test_the_service_cannot_write(model: Model, served: Served, postgres: 
     for statement in ["delete from {}.rows_v1", "update {}.pointer set live = null", "create table {}.t ()"]:
         with psycopg.connect(dsn) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
             connection.execute(statement.format(f'"{SCHEMA}"'))
-
-
-async def test_no_request_that_the_description_allows_or_forbids_makes_it_fail(
-    model: Model, served: Served, tmp_path: Path
-) -> None:
-    await model.version()
-    for number in range(20):
-        model.put(f"k{number}", status="placed", items=number)
-    program = Path(sys.executable).with_name("st")
-    run = subprocess.run(  # noqa: ASYNC221 (the service runs in a thread with a loop of its own)
-        [str(program), "run", f"{served.url}/openapi.json", "-H", f"Authorization: Bearer {TOKEN}",
-         "--max-examples", "50", "--seed", str(random.randrange(2**32)), "--no-color",
-         # what makes a text a token or a cursor, no schema can say
-         "--exclude-checks", "positive_data_acceptance"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "Tested: 3" in run.stdout

@@ -2,7 +2,6 @@
 
 import asyncio
 import datetime as dt
-from collections.abc import Callable
 from decimal import Decimal
 
 import pytest
@@ -10,11 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from refold import tokens
 from refold.projection.definition import Column, ColumnType, Definition, FoldRule, StreamRef, VersionDefinition
-from refold.query import cursors, filters
+from refold.query import filters, ordering
+from refold.query.answers import Rows
 from refold.query.freshness import Freshness
-from refold.query.live import LiveVersion, Statement
+from refold.query.live import After, LiveVersion, Order
+from refold.query.ordering import BY_KEY, Cursor
 from refold.query.reader import Reader
 from refold.web.problems import Problem
+from starlette.requests import Request
 
 COLUMNS = {
     name: Column(name=name, type=ColumnType(kind), index=name != "plain")
@@ -28,6 +30,8 @@ COLUMNS = {
         "plain": "text",
     }.items()
 }
+
+KEYED = {"key": Column(name="key", type=ColumnType.TEXT, index=True), **COLUMNS}
 
 
 @pytest.mark.parametrize(
@@ -47,9 +51,55 @@ COLUMNS = {
     ],
 )
 def test_a_filter_compares_a_column_with_a_value_of_its_type(text: str, value: object) -> None:
-    condition = filters.condition(text, COLUMNS)
-    assert (condition.column, condition.operator, condition.value) == (text.partition(":")[0], "=", value)
+    [condition] = filters.conditions(text, COLUMNS)
+    assert (condition.column, condition.test, condition.value) == (text.partition(":")[0], "{column} = {value}", value)
     assert type(condition.value) is type(value)
+
+
+@pytest.mark.parametrize("column", ["status", "items", "total", "at"])
+@pytest.mark.parametrize("operator", ["ne", "lt", "le", "gt", "ge"])
+def test_what_has_an_order_is_compared_by_it(column: str, operator: str) -> None:
+    value = {"status": "a", "items": "1", "total": "1.5", "at": "2026-01-31T23:59:59Z"}[column]
+    [condition] = filters.conditions(f"{column}:{operator}:{value}", COLUMNS)
+    assert "<" in condition.test or ">" in condition.test
+    assert "<>" not in condition.test  # which no index serves
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("status:in:a", ["a"]),
+        ("status:in:a,b,a", ["a", "b", "a"]),
+        ("status:in:", [""]),
+        ("status:in:,", ["", ""]),
+        (r"status:in:a\,b,c\\,d\e:f", ["a,b", "c\\", "d\\e:f"]),
+        ("items:in:1,-2", [1, -2]),
+        ("total:in:1,2.50", [Decimal(1), Decimal("2.50")]),
+        ("paid:in:true,false", [True, False]),
+    ],
+)
+def test_in_lists_values_between_commas(text: str, values: list[object]) -> None:
+    [condition] = filters.conditions(text, COLUMNS)
+    assert condition.value == values
+    assert condition.cast.endswith("[]")
+
+
+@given(st.lists(st.text(st.sampled_from("ab,\\:")), min_size=1))
+def test_any_text_can_be_listed(values: list[str]) -> None:
+    listed = ",".join(value.replace("\\", r"\\").replace(",", r"\,") for value in values)
+    [condition] = filters.conditions(f"status:in:{listed}", COLUMNS)
+    assert condition.value == values
+
+
+_POINTS = st.sampled_from("aé\ud7ff\ue000\U0010ffff") | st.characters(codec="utf-8", exclude_characters="\0")
+
+
+@given(st.text(_POINTS, max_size=3), st.text(_POINTS, max_size=5))
+def test_a_prefix_is_the_range_of_the_texts_that_begin_with_it(prefix: str, text: str) -> None:
+    begin, *end = filters.conditions(f"status:prefix:{prefix}", COLUMNS)
+    for one in (text, prefix + text):
+        inside = begin.value <= one and all(one < last.value for last in end)  # type: ignore[operator]
+        assert inside == one.startswith(prefix)
 
 
 @pytest.mark.parametrize(
@@ -77,28 +127,83 @@ def test_a_filter_compares_a_column_with_a_value_of_its_type(text: str, value: o
         ("at:eq:2026-01-31T23:59:59", 422, "invalid-value"),
         ("at:eq:2026-02-30T23:59:59Z", 422, "invalid-value"),
         ("at:eq:2026-01-31T23:59:59.1234567Z", 422, "invalid-value"),
-        ("more:eq:{}", 422, "invalid-value"),
+        ("items:in:1,x", 422, "invalid-value"),
+        ("items:in:", 422, "invalid-value"),
+        ("status:in:a,b\0", 422, "invalid-value"),
+        ("items:in:" + ",".join(["1"] * 1001), 400, "invalid-query"),
+        ("status:prefix:a\0", 422, "invalid-value"),
+        ("items:prefix:1", 422, "operator-not-for-type"),
+        ("at:prefix:2026", 422, "operator-not-for-type"),
+        ("paid:lt:true", 422, "operator-not-for-type"),
+        ("paid:prefix:t", 422, "operator-not-for-type"),
+        ("more:eq:{}", 422, "not-comparable"),
     ],
 )
 def test_a_filter_that_cannot_work_is_refused_with_the_reason(text: str, status: int, slug: str) -> None:
     with pytest.raises(Problem) as refused:
-        filters.condition(text, COLUMNS)
+        filters.conditions(text, COLUMNS)
     assert (refused.value.status, refused.value.slug, refused.value.members["field"]) == (status, slug, "where")
 
 
-@given(st.text(st.characters(codec="utf-8", exclude_characters="\0")))
-def test_a_cursor_is_the_key_that_it_was_made_of(key: str) -> None:
-    cursor = cursors.encode(key)
-    assert cursors.decode(cursor) == key
+_TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
+_ORDERS = st.sampled_from([BY_KEY, Order("key", True), Order("status", False), Order("status", True)])
+
+
+@given(_ORDERS, st.none() | _TEXTS, _TEXTS)
+def test_a_cursor_is_the_place_that_it_was_made_of(order: Order, value: str | None, key: str) -> None:
+    if order.column == "key":
+        value = None
+    cursor = Cursor(order, value, key).encode()
+    assert ordering.after(cursor, order, KEYED) == After(value, key)
     assert cursor.isascii()
     assert not set(cursor) & set("+/=&?#%")
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "value"),
+    [
+        ("items", "-9223372036854775808", -(2**63)),
+        ("total", "9" * 100 + "." + "1" * 100, Decimal("9" * 100 + "." + "1" * 100)),
+        ("paid", "true", True),
+        ("at", "0001-01-01T00:00:00.000001Z", dt.datetime(1, 1, 1, 0, 0, 0, 1, dt.UTC)),
+    ],
+)
+def test_a_cursor_holds_a_value_of_any_type(column: str, text: str, value: object) -> None:
+    order = Order(column, True)
+    assert ordering.after(Cursor(order, text, "k").encode(), order, KEYED) == After(value, "k")
 
 
 @pytest.mark.parametrize("text", ["", "a", "%", "ü", "e30", "WzFd", "WyJhIiwiYiJd", "WyJcdTAwMDAiXQ", "_____w"])
 def test_what_is_no_cursor_is_refused(text: str) -> None:
     with pytest.raises(Problem) as refused:
-        cursors.decode(text)
+        ordering.after(text, BY_KEY, KEYED)
     assert (refused.value.status, refused.value.members["field"]) == (400, "cursor")
+
+
+@pytest.mark.parametrize(
+    ("made", "value", "asked"),
+    [
+        (BY_KEY, None, Order("key", True)),
+        (BY_KEY, None, Order("items", False)),
+        (Order("items", False), "1", BY_KEY),
+        (Order("items", False), "1", Order("items", True)),
+        (Order("items", False), "one", Order("items", False)),  # it was a text once
+        (Order("items", False), "", Order("items", False)),
+    ],
+)
+def test_a_cursor_of_another_order_is_refused(made: Order, value: str | None, asked: Order) -> None:
+    with pytest.raises(Problem) as refused:
+        ordering.after(Cursor(made, value, "k").encode(), asked, KEYED)
+    assert (refused.value.status, refused.value.members["field"]) == (400, "cursor")
+
+
+def test_an_order_is_a_column_and_a_direction() -> None:
+    assert ordering.parse("items") == ordering.parse("items:asc") == Order("items", False)
+    assert ordering.parse("items:desc") == Order("items", True)
+    for text in ["items:", "items:up", "items:desc:desc", "items:DESC"]:
+        with pytest.raises(Problem) as refused:
+            ordering.parse(text)
+        assert (refused.value.status, refused.value.members["field"]) == (400, "order")
 
 
 STREAM = StreamRef(
@@ -158,15 +263,45 @@ def test_a_token_of_another_stream_or_incarnation_is_told_apart(incarnation: str
         freshness.missing([tokens.Position(incarnation, partition, 1)])
 
 
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        ([], 200),
+        (["{tag}"], 304),
+        (["W/{tag}"], 304),
+        (['"a", {tag} ,W/"b"'], 304),
+        (['"a"', "{tag}"], 304),
+        (["*"], 304),
+        (['"a"'], 200),
+        (['"{tag}"'], 200),
+        ([""], 200),
+        (["*, *"], 200),
+    ],
+)
+def test_who_has_the_body_already_is_not_sent_it(sent: list[str], status: int) -> None:
+    freshness = Freshness(LIVE, '[["i1",0,9,9,0,975.0,null],["i1",1,9,8,0,990.0,null]]', 1000.0)
+    plain = Rows(Request({"type": "http", "headers": []}), freshness, b'{"rows":[],"next":null}')
+    tag = plain.headers["etag"]
+    given = [(b"if-none-match", text.format(tag=tag).encode()) for text in sent]
+    answer = Rows(Request({"type": "http", "headers": given}), freshness, b'{"rows":[],"next":null}')
+    assert answer.status_code == status
+    assert answer.body == (b"" if status == 304 else b'{"rows":[],"next":null}')
+    assert answer.headers["etag"] == tag
+    assert answer.headers["refold-position"] == freshness.token
+    assert answer.headers["refold-lag-events"] == "0"
+    other = Rows(Request({"type": "http", "headers": given}), freshness, b'{"rows":[{}],"next":null}')
+    assert other.headers["etag"] != tag
+    assert other.status_code == (304 if sent == ["*"] else 200)
+
+
 class _Store(Reader):
     """A reader whose statements are answered after a turn of the event loop."""
 
     def __init__(self) -> None:
         super().__init__(None, "shop", "order-status")  # type: ignore[arg-type] # no statement reaches the pool
 
-    async def rows(self, build: Callable[[LiveVersion], Statement]) -> tuple[Freshness, list[tuple[str, str]]]:
+    async def _by_keys(self, keys: list[str]) -> tuple[Freshness, list[tuple[str, str]]]:
         await asyncio.sleep(0)
-        keys = build(LIVE).parameters["keys"]
         return Freshness(LIVE, None, 0.0), [(key, f"row of {key}") for key in keys]
 
 

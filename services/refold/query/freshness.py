@@ -74,6 +74,11 @@ class Freshness:
             headers["refold-lag-seconds"] = f"{self.lag_seconds:.3f}"
         return headers
 
+    @cached_property
+    def raw_headers(self) -> list[tuple[bytes, bytes]]:
+        """The same as ASGI has them."""
+        return [(name.encode(), value.encode()) for name, value in self.headers.items()]
+
     def missing(self, wanted: Iterable[tokens.Position]) -> list[dict[str, Any]]:
         """Return, for people and programs, which positions of `wanted` aren't applied; empty where all are.
 

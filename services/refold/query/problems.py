@@ -27,27 +27,40 @@ def invalid_query(detail: str, field: str) -> Problem:
     return Problem(400, "invalid-query", "Invalid query", detail, field=field)
 
 
-def unknown_column(column: str, columns: Collection[str]) -> Problem:
-    """A filter names a column that the projection doesn't declare."""
+def unknown_column(column: str, columns: Collection[str], field: str) -> Problem:
+    """A filter or an order names a column that the projection doesn't declare."""
     return Problem(
         422,
         "unknown-column",
         "Unknown column",
-        f"the projection has no column {column!r}; it has {', '.join(sorted(columns)) or 'none'}",
-        field="where",
+        f"the projection has no column {column!r}; it has {', '.join(sorted(columns))}",
+        field=field,
         column=column,
     )
 
 
-def column_not_indexed(column: str, indexed: Sequence[str]) -> Problem:
-    """A filter on the column would read the whole table."""
+def column_not_indexed(column: str, indexed: Sequence[str], field: str) -> Problem:
+    """A filter on the column, or an order by it, would read the whole table."""
     return Problem(
         422,
         "column-not-indexed",
         "Column not indexed",
-        f"the column {column!r} has no index, so a filter on it would read every row; give it 'index: true' in the "
-        f"Projection's columns (this rebuilds nothing). With an index: {', '.join(indexed) or 'none'}",
-        field="where",
+        f"the column {column!r} has no index, so every row would be read for it; give it 'index: true' in the "
+        f"Projection's columns (this rebuilds nothing). With an index: {', '.join(indexed)}",
+        field=field,
+        column=column,
+    )
+
+
+def not_comparable(column: str, type_: str, field: str) -> Problem:
+    """A filter or an order names a column whose values aren't compared."""
+    return Problem(
+        422,
+        "not-comparable",
+        "Not comparable",
+        f"the column {column!r} is {type_}, by which rows are neither filtered nor ordered: set a column of another "
+        "type to the part of it that you look for, with 'index: true'",
+        field=field,
         column=column,
     )
 
@@ -60,6 +73,18 @@ def unknown_operator(operator: str, operators: Collection[str]) -> Problem:
         "Unknown operator",
         f"a filter can't compare by {operator!r}; known: {', '.join(sorted(operators))}",
         field="where",
+    )
+
+
+def operator_not_for_type(column: str, type_: str, operator: str, operators: Sequence[str], way_out: str) -> Problem:
+    """A filter's operator isn't one for the type of its column."""
+    return Problem(
+        422,
+        "operator-not-for-type",
+        "Operator not for this type",
+        f"the column {column!r} is {type_}, which has no operator {operator!r} (but {', '.join(operators)}): {way_out}",
+        field="where",
+        column=column,
     )
 
 
@@ -110,12 +135,25 @@ def unavailable(detail: str) -> Problem:
     return Problem(503, "readstore-unavailable", "Read store unavailable", detail, retry_after=1)
 
 
-def overloaded(waiting: int) -> Problem:
+def too_slow(seconds: float) -> Problem:
+    """A page took too long to find."""
+    return Problem(
+        503,
+        "query-too-slow",
+        "Query too slow",
+        f"the rows weren't found within {seconds:.0f} s, since the filters leave too many to be put in order; order by "
+        "a column that is filtered by (its index then gives the order), or filter by a further one. Just after "
+        "'index: true' was added, the index is still being built",
+        retry_after=10,
+    )
+
+
+def overloaded(detail: str) -> Problem:
     """More requests wait for the read store than is good."""
     return Problem(
         503,
         "overloaded",
         "Overloaded",
-        f"{waiting} reads wait for the read store already; send fewer at once, or scale the query service",
+        f"{detail}; send fewer at once, or scale the query service",
         retry_after=1,
     )

@@ -4,6 +4,9 @@ Each read is one statement, so pointer, positions and rows come from one snapsho
 that was live when last looked; where the pointer in its answer tells of another one (or the table is gone), the
 definition is read anew and the statement made again. So readers see one version or the other, never a mixture.
 
+Pages of rows share the connections that lookups by key and looks at the positions leave them, so that filters that take
+long hold up neither.
+
 Lookups by key that arrive while others are under way go together in the next statement: under load this divides the
 cost of a round trip by the number of those that wait, and a lone lookup waits for nobody. Each takes part only in a
 statement that begins after its arrival.
@@ -12,6 +15,7 @@ statement that begins after its arrival.
 import asyncio
 import time
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import psycopg
@@ -29,11 +33,13 @@ from refold.web.problems import Problem
 
 log = structlog.get_logger(__name__)
 
-#: Connections; two of them serve lookups by key.
+#: Connections; two of them serve lookups by key, and one the looks at the positions.
 CONNECTIONS = 8
 #: Statements of lookups by key under way at once, and the most keys in one.
 _LANES = 2
 _MOST_KEYS = 256
+#: Statements of pages under way at once.
+_PAGES = CONNECTIONS - _LANES - 1
 #: Lookups that may wait; beyond, they are refused at once.
 _MOST_WAITING = 10_000
 #: Seconds that a statement may take on the server; what is asked for here takes milliseconds with an index.
@@ -67,12 +73,13 @@ class Reader:
         self._known_at = 0.0
         self._waiting: list[tuple[str, asyncio.Future[tuple[Freshness, str | None]]]] = []
         self._lanes = 0
+        self._pages = asyncio.Semaphore(_PAGES)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def row(self, key: str) -> tuple[Freshness, str | None]:
         """Return the row of `key` as JSON text, or None where there is none."""
         if len(self._waiting) >= _MOST_WAITING:
-            raise problems.overloaded(len(self._waiting))
+            raise problems.overloaded(f"{len(self._waiting)} reads wait for the read store already")
         future: asyncio.Future[tuple[Freshness, str | None]] = asyncio.get_running_loop().create_future()
         self._waiting.append((key, future))
         if self._lanes < _LANES:
@@ -82,10 +89,31 @@ class Reader:
             task.add_done_callback(self._tasks.discard)
         return await future
 
-    async def rows(self, build: Callable[[LiveVersion], Statement]) -> tuple[Freshness, list[tuple[str, str]]]:
-        """Return keys and rows (JSON text) that the statement yields which `build` makes for the live version."""
-        freshness, (_, *found) = await self._read(build)
-        return freshness, [(row[3], row[4]) for row in found]
+    async def page(
+        self, build: Callable[[LiveVersion], Statement]
+    ) -> tuple[Freshness, list[tuple[str, str, str | None]]]:
+        """Return the rows, in their order, of the page that `build` makes for the live version.
+
+        Each is its key, its data (JSON text) and the text of its value in the order's column.
+
+        Raises:
+            Problem: also what `build` raises; 503 where many others wait, or it takes too long.
+        """
+        try:
+            async with asyncio.timeout(_CONNECTION_SECONDS):
+                await self._pages.acquire()
+        except TimeoutError as error:
+            raise problems.overloaded(f"pages are read as fast as {_PAGES} connections can") from error
+        try:
+            freshness, (_, *found) = await self._read(build)
+        except Problem as problem:
+            if isinstance(problem.__cause__, errors.QueryCanceled):
+                raise problems.too_slow(_STATEMENT_SECONDS) from problem
+            raise
+        finally:
+            self._pages.release()
+        found.sort(key=itemgetter(6))
+        return freshness, [row[3:6] for row in found]
 
     async def freshness(self) -> Freshness:
         """Return how far the live version is."""
@@ -97,12 +125,16 @@ class Reader:
         freshness, (first,) = await self._read(LiveVersion.status)
         return freshness, first[3]
 
+    async def _by_keys(self, keys: list[str]) -> tuple[Freshness, list[tuple[str, str]]]:
+        freshness, (_, *found) = await self._read(lambda live: live.by_keys(keys))
+        return freshness, [row[3:5] for row in found]
+
     async def _look_up(self) -> None:
         while self._waiting:
             asked, self._waiting = self._waiting[:_MOST_KEYS], self._waiting[_MOST_KEYS:]
             keys = [key for key, _ in asked]
             try:
-                freshness, rows = await self.rows(lambda live, keys=keys: live.by_keys(keys))  # type: ignore[misc]
+                freshness, rows = await self._by_keys(keys)
             except Exception as error:  # noqa: BLE001 (each caller gets it)
                 for _, future in asked:
                     if not future.done():
@@ -128,7 +160,7 @@ class Reader:
                 self._known = None
                 continue
             try:
-                rows = await self._execute(statement.sql, statement.parameters)
+                rows = await self._execute(statement)
             except errors.UndefinedTable:
                 self._known = None
                 continue
@@ -149,7 +181,7 @@ class Reader:
             .as_bytes()
         )
         try:
-            rows = await self._execute(query, {})
+            rows = await self._execute(Statement(query, {}))
         except (errors.UndefinedTable, errors.InvalidSchemaName, errors.InsufficientPrivilege) as error:
             raise problems.no_live_version(self._projection) from error
         if not rows or rows[0][0] is None:
@@ -169,26 +201,26 @@ class Reader:
         self._known_at = time.monotonic()
         return live
 
-    async def _execute(self, query: bytes, parameters: Any) -> _Rows:
+    async def _execute(self, statement: Statement) -> _Rows:
         """Run a statement; once more on another connection where the server has closed the first (it restarted)."""
         try:
             async with asyncio.timeout(_STATEMENT_SECONDS + _CONNECTION_SECONDS):
                 try:
-                    return await self._run(query, parameters)
+                    return await self._run(statement)
                 except psycopg.OperationalError as error:
                     if isinstance(error, PoolTimeout | errors.QueryCanceled):
                         raise
                     await self._pool.check()
-                    return await self._run(query, parameters)
+                    return await self._run(statement)
         except (psycopg.OperationalError, TimeoutError) as error:
             log.warning("The read store doesn't answer", projection=self._projection, error=str(error))
             raise problems.unavailable(
                 "the PostgreSQL read store didn't answer in time or refused; this passes by itself once it is back"
             ) from error
 
-    async def _run(self, query: bytes, parameters: Any) -> _Rows:
+    async def _run(self, statement: Statement) -> _Rows:
         async with self._pool.connection() as connection:
-            cursor = await connection.execute(query, parameters, prepare=True)
+            cursor = await connection.execute(statement.sql, statement.parameters, prepare=statement.prepared)
             return await cursor.fetchall()
 
 

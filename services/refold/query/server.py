@@ -1,5 +1,7 @@
 """The query service: one Projection's read model over HTTP.
 
+Rows are read by key, by keys, or as pages by filters and an order (`asked`).
+
 Each answer about rows tells how fresh it is: `Refold-Position` (a token of all that was applied), `Refold-Lag-Events`
 and `Refold-Lag-Seconds` (absent until the projector has looked at every partition), from the same snapshot as the rows.
 A request with `Refold-Token` is answered once the token's positions are applied, or with 504 after
@@ -15,9 +17,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from refold import logs
-from refold.query import cursors, filters, problems
+from refold.query import answers, asked, problems
+from refold.query.answers import Rows
+from refold.query.asked import AskedPage
+from refold.query.filters import OPERATORS
 from refold.query.freshness import Freshness
-from refold.query.live import LiveVersion, Statement
+from refold.query.ordering import Cursor
 from refold.query.reader import Reader, make_pool
 from refold.query.settings import Settings
 from refold.query.waiting import DEFAULT_SECONDS, MOST_SECONDS, Waiting, wanted
@@ -28,10 +33,7 @@ from refold.web.auth.choice import authority
 from refold.web.openapi import Operation, Parameter
 from refold.web.problems import Problem
 
-_JSON = "application/json"
-_DEFAULT_LIMIT = 100
-_MOST_ROWS = 1000
-_MOST_FILTERS = 20
+_JSON = answers.MEDIA_TYPE
 _T = TypeVar("_T")
 
 
@@ -43,7 +45,7 @@ class Row(msgspec.Struct):
 
 
 class Page(msgspec.Struct):
-    """Rows by key, and the cursor of the next page where there are more."""
+    """Rows in the order that was asked for, and the cursor of the next page where there are more."""
 
     rows: list[Row]
     next: str | None
@@ -92,23 +94,18 @@ class Handlers:
             problem = problems.row_not_found(key)
             problem.headers.update(freshness.headers)
             raise problem
-        body = b'{"key":%b,"data":%b}' % (msgspec.json.encode(key), data.encode())
-        return Response(body, headers=freshness.headers, media_type=_JSON)
+        return Rows(request, freshness, _row(key, data))
 
     async def rows(self, request: Request) -> Response:
-        """Answer a page of the rows that meet all filters."""
-        where, limit, after = _page_parameters(request)
-
-        def build(live: LiveVersion) -> Statement:
-            # one row more than asked for tells whether there is a next page
-            return live.page([filters.condition(text, live.columns) for text in where], after, limit + 1)
-
-        freshness, found = await self._fresh(request, lambda: self._reader.rows(build))
-        found.sort()  # by code point, which is PostgreSQL's order of collation "C" in UTF-8
-        rows = b",".join(b'{"key":%b,"data":%b}' % (msgspec.json.encode(k), d.encode()) for k, d in found[:limit])
-        more = cursors.encode(found[limit - 1][0]) if len(found) > limit else None
-        body = b'{"rows":[%b],"next":%b}' % (rows, msgspec.json.encode(more))
-        return Response(body, headers=freshness.headers, media_type=_JSON)
+        """Answer a page of the rows that have one of the keys and meet all filters."""
+        page = AskedPage.of(request)
+        freshness, found = await self._fresh(request, lambda: self._reader.page(page.statement))
+        more = None
+        if len(found) > page.limit:
+            *_, (key, _, place) = found = found[: page.limit]
+            more = Cursor(page.order, place, key).encode()
+        rows = b",".join(_row(key, data) for key, data, _ in found)
+        return Rows(request, freshness, b'{"rows":[%b],"next":%b}' % (rows, msgspec.json.encode(more)))
 
     async def status(self, _: Request) -> Response:
         """Answer which version is live and how far it is."""
@@ -135,41 +132,24 @@ class Handlers:
         self, request: Request, read: Callable[[], Awaitable[tuple[Freshness, _T]]]
     ) -> tuple[Freshness, _T]:
         """Return what `read` yields once it has seen all that the request's token names."""
-        asked = wanted(request)
+        token = wanted(request)
         while True:
             freshness, found = await read()
-            if asked is None or not asked.missing(freshness):
+            if token is None or not token.missing(freshness):
                 return freshness, found
-            await self._waiting.until_applied(asked, freshness)
+            await self._waiting.until_applied(token, freshness)
 
 
-def _page_parameters(request: Request) -> tuple[list[str], int, str | None]:
-    """Return filters, limit and the key to begin after.
-
-    Raises:
-        Problem: 400 where one of them is wrong, unknown or given twice.
-    """
-    where: list[str] = []
-    once: dict[str, str] = {}
-    for name, value in paths.query(request):
-        if name == "where":
-            where.append(value)
-        elif name not in ("limit", "cursor"):
-            raise problems.invalid_query(
-                f"there is no parameter {name[:100]!r}; known: where, limit, cursor", name[:100]
-            )
-        elif name in once:
-            raise problems.invalid_query(f"the parameter {name!r} is given twice", name)
-        else:
-            once[name] = value
-    if len(where) > _MOST_FILTERS:
-        raise problems.invalid_query(f"over {_MOST_FILTERS} filters", "where")
-    limit = once.get("limit") or str(_DEFAULT_LIMIT)
-    if not (limit.isascii() and limit.isdigit() and len(limit) <= 9 and 1 <= int(limit) <= _MOST_ROWS):
-        raise problems.invalid_query(f"the limit is a number of 1 to {_MOST_ROWS}, not {limit[:100]!r}", "limit")
-    return where, int(limit), cursors.decode(once["cursor"]) if once.get("cursor") else None
+def _row(key: str, data: str) -> bytes:
+    return b'{"key":%b,"data":%b}' % (msgspec.json.encode(key), data.encode())
 
 
+_IF_NONE_MATCH = Parameter(
+    name="If-None-Match",
+    where="header",
+    description="The ETag of an answer before: 304, without a body and with the headers that tell how fresh the rows "
+    "are, where the answer would be the same",
+)
 _WAITING = (
     Parameter(
         name="Refold-Token",
@@ -199,6 +179,7 @@ def operations(handlers: Handlers) -> list[Operation]:
                 Parameter(
                     name="key", where="path", description="The row's key", schema={"type": "string", "minLength": 1}
                 ),
+                _IF_NONE_MATCH,
                 *_WAITING,
             ],
             answer={_JSON: Row},
@@ -208,23 +189,46 @@ def operations(handlers: Handlers) -> list[Operation]:
             "GET",
             "/v1/rows",
             handlers.rows,
-            summary="The rows that meet all filters, by key",
+            summary="The rows of these keys that meet all filters, a page of them",
             verb="get",
             parameters=[
                 Parameter(
+                    name="key",
+                    where="query",
+                    description="A key, repeatable: the rows of these keys alone. One without a row is left out",
+                    schema={"type": "array", "items": {"type": "string"}, "maxItems": asked.MOST_KEYS},
+                ),
+                Parameter(
                     name="where",
                     where="query",
-                    description="`column:operator:value` on an indexed column; operators: "
-                    + ", ".join(filters.OPERATORS),
-                    schema={"type": "array", "items": {"type": "string"}, "maxItems": _MOST_FILTERS},
+                    description="`column:operator:value`, repeatable, all must hold; on the key and on columns with "
+                    f"an index. Operators: {', '.join(OPERATORS)} (`in:a,b`, with `\\,` for a comma in a value; "
+                    "`prefix` of texts). No filter holds for a column that is null",
+                    schema={"type": "array", "items": {"type": "string"}, "maxItems": asked.MOST_FILTERS},
+                ),
+                Parameter(
+                    name="order",
+                    where="query",
+                    description="`column` or `column:desc`, the key or a column with an index, then by key; by key "
+                    "without. null is greater than every value",
                 ),
                 Parameter(
                     name="limit",
                     where="query",
                     description="The most rows to answer",
-                    schema={"type": "integer", "minimum": 1, "maximum": _MOST_ROWS, "default": _DEFAULT_LIMIT},
+                    schema={
+                        "type": "integer",
+                        "minimum": 1,
+                        "maximum": asked.MOST_ROWS,
+                        "default": asked.DEFAULT_LIMIT,
+                    },
                 ),
-                Parameter(name="cursor", where="query", description="`next` of the page before"),
+                Parameter(
+                    name="cursor",
+                    where="query",
+                    description="`next` of the page before, sent with the same keys, filters and order",
+                ),
+                _IF_NONE_MATCH,
                 *_WAITING,
             ],
             answer={_JSON: Page},

@@ -1,0 +1,44 @@
+"""Answers with rows: how fresh they are, and a validator by which a caller needn't be sent what it has.
+
+The ETag is strong: a digest of the body, so it changes when and only when the body does. It is the same on every
+replica, before and after a swap that leaves the rows as they are, and whatever happens to other rows. A caller that has
+it already (`If-None-Match`) is answered with 304: no body, and how fresh the rows are now.
+"""
+
+from hashlib import blake2b
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from refold.query.freshness import Freshness
+
+MEDIA_TYPE = "application/json"
+_CONTENT_TYPE = (b"content-type", MEDIA_TYPE.encode())
+#: A cache asks each time: who reads wants to know how fresh the rows are.
+_CACHE_CONTROL = (b"cache-control", b"no-cache")
+
+
+class Rows(Response):
+    """The answer with `body` (JSON) from the snapshot of `freshness`, or 304 where `request` says that it is known."""
+
+    def __init__(self, request: Request, freshness: Freshness, body: bytes) -> None:
+        # Not by Starlette's: it makes each header anew for each answer, and these are most of its cost.
+        self.background = None
+        etag = b'"%b"' % blake2b(body, digest_size=12).hexdigest().encode()
+        self.raw_headers = [*freshness.raw_headers, (b"etag", etag), _CACHE_CONTROL]
+        if _known(request, etag):
+            self.status_code, self.body = 304, b""
+        else:
+            self.status_code, self.body = 200, body
+            self.raw_headers += ((b"content-length", b"%d" % len(body)), _CONTENT_TYPE)
+
+
+def _known(request: Request, etag: bytes) -> bool:
+    """Return whether If-None-Match (RFC 9110, 13.1.2) names the tag; it is compared weakly."""
+    for name, value in request.scope["headers"]:
+        if name == b"if-none-match":
+            # No tag of ours holds a comma or a space, so one of somebody else's that does can't be mistaken for it.
+            tags = [tag.strip().removeprefix(b"W/") for tag in value.split(b",")]
+            if etag in tags or tags == [b"*"]:
+                return True
+    return False

@@ -1,0 +1,88 @@
+"""What a request for a page asks for. Pure."""
+
+from typing import NamedTuple, Self
+
+from starlette.requests import Request
+
+from refold.query import filters, ordering, problems
+from refold.query.live import LiveVersion, Order, Statement
+from refold.web import paths
+
+DEFAULT_LIMIT = 100
+MOST_ROWS = 1000
+MOST_FILTERS = 20
+#: Keys that one request may name.
+MOST_KEYS = 100
+_SEVERAL = ("key", "where")
+_ONCE = ("order", "limit", "cursor")
+
+
+class AskedPage(NamedTuple):
+    """Which rows, by which order, how many, and beyond which cursor."""
+
+    keys: list[str]
+    where: list[str]
+    order: Order
+    limit: int
+    cursor: str | None
+
+    @classmethod
+    def of(cls, request: Request) -> Self:
+        """Return what the query string asks for.
+
+        Raises:
+            Problem: 400 where a parameter is wrong, unknown or given too often.
+        """
+        several: dict[str, list[str]] = {name: [] for name in _SEVERAL}
+        once: dict[str, str] = {}
+        for name, value in paths.query(request):
+            if name in several:
+                several[name].append(value)
+            elif name not in _ONCE:
+                known = ", ".join((*_SEVERAL, *_ONCE))
+                raise problems.invalid_query(f"there is no parameter {name[:100]!r}; known: {known}", name[:100])
+            elif name in once:
+                raise problems.invalid_query(f"the parameter {name!r} is given twice", name)
+            else:
+                once[name] = value
+        if len(several["where"]) > MOST_FILTERS:
+            raise problems.invalid_query(f"over {MOST_FILTERS} filters", "where")
+        return cls(
+            keys(several["key"]),
+            several["where"],
+            ordering.parse(once["order"]) if once.get("order") else ordering.BY_KEY,
+            _limit(once.get("limit") or str(DEFAULT_LIMIT)),
+            once.get("cursor") or None,
+        )
+
+    def statement(self, live: LiveVersion) -> Statement:
+        """Return what reads the page, and one row more where there is a next page.
+
+        Raises:
+            Problem: 422 where a filter or the order can't be served; 400 where the cursor isn't one for it.
+        """
+        conditions = [one for text in self.where for one in filters.conditions(text, live.comparable)]
+        if self.keys:
+            conditions.append(filters.any_key(self.keys))
+        filters.indexed(self.order.column, live.comparable, "order")
+        after = None if self.cursor is None else ordering.after(self.cursor, self.order, live.comparable)
+        return live.page(conditions, self.order, after, self.limit + 1)
+
+
+def keys(given: list[str]) -> list[str]:
+    """Return the keys of `key=`.
+
+    Raises:
+        Problem: 400 where they are too many, or one can't be a key.
+    """
+    if len(given) > MOST_KEYS:
+        raise problems.invalid_query(f"over {MOST_KEYS} keys; ask in parts", "key")
+    if any("\0" in key for key in given):
+        raise problems.invalid_key()
+    return given
+
+
+def _limit(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 9 and 1 <= int(text) <= MOST_ROWS):
+        raise problems.invalid_query(f"the limit is a number of 1 to {MOST_ROWS}, not {text[:100]!r}", "limit")
+    return int(text)

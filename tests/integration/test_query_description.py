@@ -1,0 +1,101 @@
+"""The query service's OpenAPI description against the service: schemathesis makes requests of it, good and bad ones.
+
+`REFOLD_EXAMPLES` is how many for each operation and kind (default 25; `make attack`: 400).
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from hack.servers import Postgres
+from tests import querying
+from tests.querying import TOKEN
+from tests.served import Served
+
+EXAMPLES = int(os.environ.get("REFOLD_EXAMPLES", "25"))
+OPERATIONS = ["row", "rows", "status"]
+#: What a schema can't say of a query string: texts that are filters and orders, right ones and nearly right ones.
+FILTERS = [
+    f"{column}:{operator}:{value}"
+    for column in ("key", "status", "items", "total", "paid", "at", "more", "plain", "colour")
+    for operator in ("eq", "ne", "lt", "in", "prefix", "like")
+    for value in ("", "1", "-1e3", "1,2", "true", "a\\", "\U0010ffff", "2026-01-31T23:59:59Z", "k1\0")
+]
+ORDERS = ["key", "key:desc", "status", "items:desc", "total:asc", "paid", "at:desc", "more", "plain", "items:up"]
+
+
+@pytest.fixture(scope="module")
+async def api(postgres: Postgres) -> Iterator[Served]:
+    with psycopg.connect(postgres.dsn(), autocommit=True) as conn:
+        conn.execute("create database described_rows")
+    model = await querying.make(postgres.dsn("described_rows"))
+    await model.version()
+    for number in range(20):
+        model.put(f"k{number}", status="placed", items=number)
+    with querying.serve(model, postgres) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def operations(api: Served) -> dict[str, schemathesis.APIOperation[Any, Any, Any, Any]]:
+    schema = schemathesis.openapi.from_dict(api.ask("/openapi.json").json())
+    found = [result.ok() for result in schema.get_all_operations()]
+    return {one.definition.raw["operationId"]: one for one in found}
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_each_operation_answers_as_it_is_described(
+    api: Served, operations: dict[str, Any], name: str, mode: GenerationMode
+) -> None:
+    operation = operations[name]
+    cursors = [
+        api.ask(f"/v1/rows?limit=1&order={order}").json().get("next") for order in ("key", "status", "items:desc")
+    ]
+    query = st.fixed_dictionaries(
+        {},
+        optional={
+            "where": st.lists(st.sampled_from(FILTERS), max_size=3),
+            "order": st.sampled_from(ORDERS),
+            "cursor": st.sampled_from(cursors),
+        },
+    )
+
+    @given(case=operation.as_strategy(generation_mode=mode), known=query)
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.explicit, Phase.generate],  # a failure is short enough; looking for a shorter one takes minutes
+    )
+    def ask(case: schemathesis.Case, known: dict[str, Any]) -> None:
+        case.headers.pop("Refold-Token", None)  # of what is never applied: it would be waited for
+        if name == "rows":
+            case.query |= known
+        response = case.call(base_url=api.url, headers={"authorization": f"Bearer {TOKEN}"}, timeout=20)
+        if response.status_code == 304:  # the description tells of it beside If-None-Match, not as an answer
+            assert case.headers["If-None-Match"] == "*"
+            assert not response.content
+            assert {"etag", "refold-position"} <= set(response.headers)
+            return
+        checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+        case.validate_response(response, checks=checks)
+
+    ask()
+
+
+def test_every_operation_of_the_description_is_asked(operations: dict[str, Any]) -> None:
+    assert sorted(operations) == sorted(OPERATIONS)
