@@ -46,7 +46,7 @@ _MOST_WAITING = 10_000
 _STATEMENT_SECONDS = 10
 #: Seconds for a free connection; with the one before, an answer is never later than their sum.
 _CONNECTION_SECONDS = 3
-#: How often a statement is made anew since the live version has changed under it.
+#: How often a statement is made anew since the live version has changed, or was dropped, under it.
 _TRIES = 5
 #: Seconds that a definition is trusted in refusing (an index may be added to the live version).
 _TRUSTED_SECONDS = 1.0
@@ -150,8 +150,12 @@ class Reader:
 
     async def _read(self, build: Callable[[LiveVersion], Statement]) -> tuple[Freshness, _Rows]:
         """Return the answer of the statement that `build` makes for the live version, from one snapshot."""
+        looked = False
         for _ in range(_TRIES):
-            live = self._known or await self._look()
+            live = self._known
+            if live is None:
+                live = await self._look()
+                looked = True
             try:
                 statement = build(live)
             except Problem:
@@ -165,12 +169,14 @@ class Reader:
                 self._known = None
                 continue
             current, positions, now = rows[0][:3]
-            if current == live.version:
+            if current != live.version:
+                self._known = None
+            # One that was live after this read began, and is no more, is as good: it holds all that was visible then.
+            # So no reader fails however often the pointer moves.
+            if looked or current == live.version:
                 return Freshness(live, positions, now), rows
-            self._known = None
         raise problems.unavailable(
-            f"the live version of the Projection {self._projection} changed, or its table was missing, {_TRIES} times "
-            "while it was read"
+            f"the table of the Projection's live version was missing {_TRIES} times while {self._projection} was read"
         )
 
     async def _look(self) -> LiveVersion:
