@@ -65,8 +65,12 @@ attack: venv servers ## Attack each invariant at length (about 20 minutes); the 
 	  sed 's|^|400 examples in each of $(notdir $(ATTACKS)):|' >> $(ATTACK_LOG)
 
 .PHONY: bench
-bench: venv servers ## Measure beside the machine's limits (WORKLOAD=append-32 ARGS='--runs 3'; default: all)
-	@$(PYTHON) -m bench $(WORKLOAD) $(ARGS)
+bench: venv servers ## Measure beside the machine's limits (WORKLOAD=append-32 ARGS='--runs 3'; without: all, into docs/bench/)
+	@$(PYTHON) -m bench $(WORKLOAD) $(if $(WORKLOAD)$(ARGS),,--into docs/bench) $(ARGS)
+
+.PHONY: bench-report
+bench-report: venv ## Draw docs/bench's plots and table again from its results.jsonl
+	@$(PYTHON) -m bench.report docs/bench
 
 ## --- on a kind cluster ---
 

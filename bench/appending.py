@@ -1,6 +1,7 @@
 """What the workloads of appends share: the events as callers hold them, and a check of what stands in history."""
 
 import asyncio
+import datetime as dt
 import time
 import uuid
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from psycopg import sql
 from refold import names
 from refold.eventstore import EventStore, NewEvent
 from refold.eventstore.catalog import Stream
+from refold.partitioning import partition_of
 
 from bench.orders import OrderEvent
 from bench.servers import Servers
@@ -29,25 +31,39 @@ def new_event(event: OrderEvent) -> NewEvent:
     return NewEvent(id=str(uuid.uuid4()), type=event.type, data=msgspec.Raw(event.data))
 
 
-async def fill(store: EventStore, stream: Stream, events: Sequence[OrderEvent]) -> None:
-    """Append `events` one by one in their order, as many at once as the store's groups take."""
-    known = await store.stream(stream.namespace, stream.name)
-    for start in range(0, len(events), 2000):
-        await asyncio.gather(*(
-            store.submit(known, event.subject, [new_event(event)], expected_revision=event.revision - 1)
-            for event in events[start : start + 2000]
-        ))  # fmt: skip
+def written_stream(servers: Servers, events: Sequence[OrderEvent]) -> Stream:
+    """Make a stream with `events` as its history of which nobody knows yet: its heads stand at 0 until `reveal`.
 
-
-async def _open_and_fill(dsn: str, stream: Stream, events: Sequence[OrderEvent]) -> None:
-    async with await EventStore.open(dsn) as store:
-        await fill(store, stream, events)
+    They stand as if they had been appended, which would take several times as long.
+    """
+    stream = servers.stream()
+    heads = [0] * stream.partitions
+    begin = dt.datetime.now(dt.UTC) - dt.timedelta(microseconds=len(events))
+    target = sql.Identifier(stream.schema, "events")
+    with (
+        servers.events() as conn,
+        conn.transaction(),
+        conn.cursor().copy(
+            sql.SQL("copy {} (partition, position, subject, revision, id, type, data, recorded_at) from stdin").format(
+                target
+            )
+        ) as copy,
+    ):
+        for number, event in enumerate(events):
+            partition = partition_of(event.subject, stream.partitions)
+            heads[partition] += 1
+            copy.write_row((
+                partition, heads[partition], event.subject, event.revision, str(uuid.uuid4()), event.type,
+                event.data.decode(), begin + dt.timedelta(microseconds=number),
+            ))  # fmt: skip
+    _vacuum(servers, target)
+    return stream
 
 
 def filled_stream(servers: Servers, events: Sequence[OrderEvent]) -> Stream:
     """Make a stream that holds `events`."""
-    stream = servers.stream()
-    asyncio.run(_open_and_fill(servers.platform.store_dsn(), stream, events))
+    stream = written_stream(servers, events)
+    reveal(servers, stream)
     check_history(servers, stream, len(events))
     return stream
 
@@ -58,8 +74,14 @@ def copied_stream(servers: Servers, source: Stream) -> Stream:
     target, origin = sql.Identifier(stream.schema, "events"), sql.Identifier(source.schema, "events")
     with servers.events() as conn:
         conn.execute(sql.SQL("insert into {} select * from {} order by partition, position").format(target, origin))
-        conn.execute(sql.SQL("vacuum analyze {}").format(target))
+    _vacuum(servers, target)
     return stream
+
+
+def _vacuum(servers: Servers, table: sql.Identifier) -> None:
+    """Leave nothing to autovacuum, which would come at a time of its own."""
+    with servers.events() as conn:
+        conn.execute(sql.SQL("vacuum analyze {}").format(table))
 
 
 def reveal(servers: Servers, stream: Stream) -> None:
@@ -73,12 +95,6 @@ def reveal(servers: Servers, stream: Stream) -> None:
             ).format(sql.Identifier(stream.schema, "events"), sql.Literal(stream.stream))
         )
         conn.execute("select pg_notify(%s, %s)", [names.APPENDED_CHANNEL, str(stream.stream)])
-
-
-def retire(servers: Servers, stream: Stream) -> None:
-    """Let nobody relay or fold `stream` any more; its history stays."""
-    with servers.events() as conn:
-        conn.execute("update refold.streams set state = 'claimed' where stream = %s", [stream.stream])
 
 
 async def append_all(store: EventStore, stream: Stream, lanes: Sequence[Sequence[Append]]) -> tuple[float, list[float]]:

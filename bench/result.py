@@ -1,9 +1,9 @@
 """One result, one JSON line: what was measured beside its limit, in pairs that ran by turns on the same servers."""
 
-import json
 import math
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +13,14 @@ _VOID_BELOW = 0.7
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run: its rate, and where measured the latency of each operation in ms and the memory of processes in MB."""
+    """One run: its rate, and where measured the latency of each operation in ms and the memory of processes in MB.
+
+    `samples` is how many operations the latencies stand for, where they are quantiles of more.
+    """
 
     events_per_s: float
     latencies_ms: list[float] = field(default_factory=list)
+    samples: int | None = None
     rss_mb: dict[str, float] = field(default_factory=dict)
 
 
@@ -38,13 +42,22 @@ class Comparison:
     second: Callable[[], Run] | None = None
     second_name: str = ""
 
-    def line(self, runs: int) -> dict[str, Any]:
-        """Run both by turns, `runs` times, and return the result; the ratio is the median of the pairs' ratios."""
+    def line(self, runs: int, told: Callable[[str], None]) -> dict[str, Any]:
+        """Run both by turns, `runs` times, and return the result; the ratio is the median of the pairs' ratios.
+
+        `told` hears of each pair.
+        """
         pairs, seconds = [], []
-        for _ in range(runs):
+        for number in range(1, runs + 1):
+            began = time.monotonic()
             pairs.append((self.measured(), self.limit()))
             if self.second:
-                seconds.append(pairs[-1][0].events_per_s / self.second().events_per_s)
+                seconds.append(self.second().events_per_s)
+            ours, limit = pairs[-1]
+            told(
+                f"{self.workload}: pair {number} of {runs}: {_shown(ours)}, the limit {_shown(limit)} "
+                f"({time.monotonic() - began:.0f} s)"
+            )
         rates = [ours.events_per_s for ours, _ in pairs]
         limits = [limit.events_per_s for _, limit in pairs]
         latencies = sorted(value for ours, _ in pairs for value in ours.latencies_ms)
@@ -57,11 +70,13 @@ class Comparison:
             },
             "p50_ms": percentile(latencies, 0.5),
             "p99_ms": percentile(latencies, 0.99),
+            "samples": _samples(ours for ours, _ in pairs),
             "limit": {
                 "name": self.limit_name,
                 "events_per_s": round(statistics.median(limits)),
                 "p50_ms": percentile(limit_latencies, 0.5),
                 "p99_ms": percentile(limit_latencies, 0.99),
+                "samples": _samples(limit for _, limit in pairs),
             },
             "ratio": round(statistics.median(self._ratio(ours, limit) for ours, limit in pairs), 3),
             "ratio_of": "p50_ms" if self.latency else "events_per_s",
@@ -71,10 +86,16 @@ class Comparison:
         if rss := [ours.rss_mb for ours, _ in pairs if ours.rss_mb]:
             result["rss_mb"] = {process: round(max(run[process] for run in rss)) for process in rss[0]}
         if seconds:
-            result["second_limit"] = {"name": self.second_name, "ratio": round(statistics.median(seconds), 3)}
+            result["second_limit"] = {
+                "name": self.second_name,
+                "events_per_s": round(statistics.median(seconds)),
+                "ratio": round(
+                    statistics.median(rate / second for rate, second in zip(rates, seconds, strict=True)), 3
+                ),
+            }
         if self.usual and statistics.median(limits) < _VOID_BELOW * self.usual:
             result["void"] = (
-                f"the limit reached less than {_VOID_BELOW} of its usual {self.usual:.0f}/s: a busy machine"
+                f"the limit reached less than {_VOID_BELOW} of its usual {self.usual:,.0f}/s: a busy machine"
             )
         return result
 
@@ -82,6 +103,16 @@ class Comparison:
         if self.latency:
             return statistics.median(ours.latencies_ms) / statistics.median(limit.latencies_ms)
         return ours.events_per_s / limit.events_per_s
+
+
+def _shown(run: Run) -> str:
+    p50 = percentile(sorted(run.latencies_ms), 0.5)
+    return f"{run.events_per_s:,.0f}/s" + (f" with p50 {p50:.2f} ms" if p50 is not None else "")
+
+
+def _samples(runs: Iterable[Run]) -> int:
+    """Return of how many operations the latencies are."""
+    return sum(len(run.latencies_ms) if run.samples is None else run.samples for run in runs)
 
 
 def _p99(run: Run) -> float:
@@ -93,8 +124,3 @@ def percentile(ordered: list[float], share: float) -> float | None:
     if not ordered:
         return None
     return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 3)
-
-
-def show(result: dict[str, Any]) -> None:
-    """Print a result as its JSON line."""
-    print(json.dumps(result), flush=True)

@@ -39,12 +39,15 @@ class _GivenKafka:
 class Servers:
     """Servers with a Refold on them; started and installed when a workload first asks for them."""
 
-    def __init__(self, *, store: str | None, kafka: str | None, read_store: str | None) -> None:
-        """Remember the endpoints: superusers' DSNs, and Kafka's `host:port`; None for an own one.
+    def __init__(
+        self, *, store: str | None, kafka: str | None, read_store: str | None, shared: "Servers | None" = None
+    ) -> None:
+        """Remember the endpoints: superusers' DSNs, and Kafka's `host:port`; None for those of `shared`, or own ones.
 
         The read models are in the event store's server unless `read_store` is given.
         """
         self._given = store, kafka, read_store
+        self._shared = shared
         self._cleaning = contextlib.ExitStack()
         self._numbers = itertools.count(1)
         # a run of the benchmarks meets nothing that an earlier one left on given servers
@@ -63,6 +66,8 @@ class Servers:
         """The event store's server, which the limits use too."""
         if self._given[0]:
             return _GivenPostgres(self._given[0])
+        if self._shared:
+            return self._shared.postgres
         server = Postgres()
         self._cleaning.callback(server.remove)
         server.start()
@@ -70,13 +75,17 @@ class Servers:
 
     @functools.cached_property
     def _read(self) -> Database:
-        return _GivenPostgres(self._given[2]) if self._given[2] else self.postgres
+        if self._given[2]:
+            return _GivenPostgres(self._given[2])
+        return self._shared._read if self._shared else self.postgres
 
     @functools.cached_property
     def kafka(self) -> Broker:
         """The broker."""
         if self._given[1]:
             return _GivenKafka(self._given[1])
+        if self._shared:
+            return self._shared.kafka
         broker = Kafka()
         self._cleaning.callback(broker.remove)
         broker.start()
@@ -102,8 +111,8 @@ class Servers:
         return Platform(postgres, kafka, read=self._read, store_database=store, read_database=read)
 
     def beside(self) -> "Servers":
-        """Return another Refold, with a store of its own, on the same servers."""
-        other = Servers(store=self.postgres.dsn(), kafka=self.kafka.bootstrap, read_store=self._read.dsn())
+        """Return another Refold, with a store of its own, on the same servers; it ends with this one if not before."""
+        other = Servers(store=None, kafka=None, read_store=None, shared=self)
         return self._cleaning.enter_context(other)
 
     def stream(self, *, partitions: int = PARTITIONS) -> Stream:

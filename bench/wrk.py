@@ -27,7 +27,7 @@ class Answers(msgspec.Struct, frozen=True):
     @property
     def run(self) -> Run:
         """The result; the quantiles stand for all latencies."""
-        return Run(events_per_s=self.answered / self.seconds, latencies_ms=self.quantiles_ms)
+        return Run(events_per_s=self.answered / self.seconds, latencies_ms=self.quantiles_ms, samples=self.answered)
 
 
 def load(

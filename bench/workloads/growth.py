@@ -60,7 +60,7 @@ def growth(servers: Servers, events: Sequence[OrderEvent]) -> list[Comparison]:
                 "what": what, "operations": len(some), "at_once": _AT_ONCE, "events": _LARGE * len(events),
                 "long_subject": long_count, "partitions": PARTITIONS,
             },
-            measured=measured, limit=limit, limit_name=f"{limited}, in a store of {_SMALL * len(events)} events",
+            measured=measured, limit=limit, limit_name=f"{limited}, in a store of {_SMALL * len(events):,} events",
         )  # fmt: skip
 
     return [

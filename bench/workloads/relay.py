@@ -6,7 +6,7 @@ from typing import Any, cast
 from psycopg import sql
 from refold.eventstore.catalog import Stream
 
-from bench.appending import copied_stream, filled_stream, retire
+from bench.appending import copied_stream, written_stream
 from bench.limits import kafka
 from bench.orders import OrderEvent
 from bench.relaying import relay_all
@@ -16,8 +16,7 @@ from bench.servers import PARTITIONS, Servers
 
 def relay(servers: Servers, events: Sequence[OrderEvent]) -> Comparison:
     """The relay runs already and is told of the events; the clock stops when the last one is committed."""
-    source = filled_stream(servers, events)
-    retire(servers, source)
+    source = written_stream(servers, events)
     return Comparison(
         workload="relay",
         params={"events": len(events), "partitions": PARTITIONS},

@@ -61,4 +61,5 @@ def _run(servers: Servers, events: Sequence[OrderEvent], *, streams: int, proces
     return Run(
         events_per_s=sum(part.run.events_per_s for _, part in answers),
         latencies_ms=[value for _, part in answers for value in part.quantiles_ms],
+        samples=sum(part.answered for _, part in answers),
     )

@@ -16,13 +16,15 @@ ROOT = Path(__file__).parents[2]
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "bench", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
 
 
 def test_every_workload_gives_right_results_beside_its_limit_and_leaves_given_servers_as_they_were(
-    postgres: Postgres, kafka: Kafka
+    tmp_path: Path, postgres: Postgres, kafka: Kafka
 ) -> None:
-    done = bench("--events", "200", "--runs", "1", "--store", postgres.dsn(), "--kafka", kafka.bootstrap)
+    done = bench(
+        "--events", "200", "--runs", "1", "--store", postgres.dsn(), "--kafka", kafka.bootstrap, "--into", str(tmp_path)
+    )
 
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
@@ -31,6 +33,9 @@ def test_every_workload_gives_right_results_beside_its_limit_and_leaves_given_se
         assert result["events_per_s"]["min"] > 0
         assert result["limit"]["events_per_s"] > 0
         assert result["ratio"] > 0
+    kept = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [{key: value for key, value in result.items() if key != "taken"} for result in kept] == results
+    assert {file.stem for file in tmp_path.glob("*.svg")} == set(WORKLOADS)
     with psycopg.connect(postgres.dsn()) as conn:
         query = (
             "select datname from pg_database where datname like 'bench%' "

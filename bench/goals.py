@@ -1,0 +1,181 @@
+"""What each workload must reach, and what peers reached, measured earlier on this kind of machine (2 cores)."""
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any, NamedTuple
+
+#: A result as its JSON line has it.
+Result = Mapping[str, Any]
+
+
+class Measure(Enum):
+    """What is compared; its value names it for people."""
+
+    RATE = "events/s"
+    SECOND_RATE = "events/s, second limit"
+    P50 = "p50, ms"
+    P99 = "p99, ms"
+    STORE_MEMORY = "event store, MB"
+    RELAY_MEMORY = "relay, MB"
+
+    @property
+    def more_is_better(self) -> bool:
+        """Tell whether a bound is a least value."""
+        return self in (Measure.RATE, Measure.SECOND_RATE)
+
+
+class Goal(NamedTuple):
+    """A bound: of the ratio to the limit, or of memory in MB."""
+
+    measure: Measure
+    bound: float
+
+    @property
+    def text(self) -> str:
+        """The bound as people write it."""
+        sign = "≥" if self.measure.more_is_better else "≤"
+        return f"{sign} {self.bound:g}" + ("" if self.of_limit else " MB")
+
+    @property
+    def of_limit(self) -> bool:
+        """Tell whether the bound is of the ratio to a limit."""
+        return self.measure not in (Measure.STORE_MEMORY, Measure.RELAY_MEMORY)
+
+
+class Peer(NamedTuple):
+    """What another system reached."""
+
+    name: str
+    events_per_s: float | None = None
+    p50_ms: float | None = None
+    p99_ms: float | None = None
+
+
+class Target(NamedTuple):
+    """A workload in a few words, its goals, its peers, and whether its second limit is a peer instead of a run."""
+
+    what: str
+    goals: tuple[Goal, ...]
+    peers: tuple[Peer, ...] = ()
+    second_is_peer: bool = False
+
+
+class Reading(NamedTuple):
+    """A goal beside what was measured: Refold's median, the limit's (None where there is none), what is bounded."""
+
+    goal: Goal
+    ours: float
+    limit: float | None
+    value: float
+    verdict: str
+
+
+_DEBEZIUM_TUNED = Peer("Debezium's outbox, tuned", p50_ms=13.8, p99_ms=27)
+_REBUILDS = (
+    Peer("Kafka Streams, result in RocksDB, at least once", 41_000),
+    Peer("Kafka Streams, result in RocksDB, exactly-once v2", 35_000),
+    Peer("Emmett, hand-written set-based handler", 16_000),
+    Peer("eventsourcing, hand-written set-based handler", 16_000),
+    Peer("Emmett, its rebuild", 2_000),
+    Peer("eventsourcing", 1_100),
+)
+_SAME_AS_SMALL = (Goal(Measure.RATE, 0.9), Goal(Measure.P99, 1.5))
+
+_TARGETS = {
+    "append-32": Target(
+        "appends by the library, one event each, 32 at once, expected revisions checked",
+        (Goal(Measure.RATE, 1.2),),
+        (Peer("Emmett", 2_800), Peer("eventsourcing", 2_600), Peer("message-db", 2_000)),
+    ),
+    "append-1": Target(
+        "appends by the library, one event each, one at a time",
+        (Goal(Measure.P50, 1.35),),
+        (Peer("message-db", p50_ms=0.42), Peer("eventsourcing", p50_ms=0.48), Peer("Emmett", p50_ms=0.70)),
+    ),
+    "append-100x8": Target(
+        "appends by the library, 100 events each, 8 at once",
+        (Goal(Measure.RATE, 1.0),),
+        (Peer("Emmett", 31_000), Peer("eventsourcing", 23_000)),
+    ),
+    "http-append": Target(
+        "appends over HTTP, one event each, 32 connections, one process",
+        (Goal(Measure.RATE, 0.4), Goal(Measure.SECOND_RATE, 1.5)),
+        second_is_peer=True,
+    ),
+    "http-bulk": Target("bulk appends over HTTP, a line an event", (Goal(Measure.RATE, 0.8),)),
+    "growth": Target("appends and reads in a large store, beside the same in a small one", _SAME_AS_SMALL),
+    "two-replicas": Target("two event-store processes, beside one", ()),
+    "relay": Target(
+        "from the store to the topic, all events waiting",
+        (Goal(Measure.RATE, 0.3),),
+        (Peer("Debezium's outbox", 24_000),),
+    ),
+    "relay-latency": Target(
+        "200 events a second: from an append's return until a consumer has its event",
+        (Goal(Measure.P50, 3), Goal(Measure.P99, 3)),
+        (_DEBEZIUM_TUNED, Peer("Debezium's outbox, by default", p50_ms=440, p99_ms=960)),
+    ),
+    "many-streams": Target(
+        "200 events a second over many streams, beside one stream: from a request until a consumer has its event",
+        (
+            Goal(Measure.P50, 1.5), Goal(Measure.P99, 1.5),
+            Goal(Measure.STORE_MEMORY, 500), Goal(Measure.RELAY_MEMORY, 500),
+        ),
+    ),
+    "fold": Target("folding alone, both read models, in memory, one core", (Goal(Measure.RATE, 0.4),)),
+    "rebuild": Target(
+        "both read models built from the event store's history", (Goal(Measure.RATE, 0.4),), _REBUILDS
+    ),
+    "rebuild-topic": Target("both read models built from the topic", (Goal(Measure.RATE, 0.4),), _REBUILDS),
+    "end-to-end": Target(
+        "200 events a second: from an append until a query answers with the row",
+        (Goal(Measure.P50, 2.5), Goal(Measure.P99, 2.5)),
+        (_DEBEZIUM_TUNED._replace(name="Debezium's outbox, tuned, to the topic only"),),
+    ),
+    "query": Target(
+        "rows by key over HTTP, 32 connections, one process",
+        (Goal(Measure.RATE, 0.4), Goal(Measure.SECOND_RATE, 0.15)),
+    ),
+}  # fmt: skip
+_REPLICAS = {1: (Goal(Measure.RATE, 0.9),), 2: (Goal(Measure.RATE, 1.0),)}
+
+
+def target(result: Result) -> Target:
+    """Return what holds for a result's workload."""
+    found = _TARGETS[result["workload"]]
+    if result["workload"] == "two-replicas":
+        return found._replace(goals=_REPLICAS[result["params"]["streams"]])
+    return found
+
+
+def part(result: Result) -> str:
+    """Return which part of its workload a result is; empty where the workload has one result."""
+    if result["workload"] == "two-replicas":
+        return "on one stream" if result["params"]["streams"] == 1 else "each on a stream of its own"
+    return str(result["params"].get("what", ""))
+
+
+def readings(result: Result) -> list[Reading]:
+    """Return each goal of a result beside what was measured."""
+    return [_reading(goal, result) for goal in target(result).goals]
+
+
+def _reading(goal: Goal, result: Result) -> Reading:
+    limit: float | None
+    match goal.measure:
+        case Measure.RATE:
+            ours, limit, value = result["events_per_s"]["median"], result["limit"]["events_per_s"], result["ratio"]
+        case Measure.SECOND_RATE:
+            second = result["second_limit"]
+            ours, limit, value = result["events_per_s"]["median"], second["events_per_s"], second["ratio"]
+        case Measure.P50:
+            ours, limit, value = result["p50_ms"], result["limit"]["p50_ms"], result["ratio"]
+        case Measure.P99:
+            ours, limit, value = result["p99_ms"], result["limit"]["p99_ms"], result["p99_ratio"]
+        case Measure.STORE_MEMORY | Measure.RELAY_MEMORY:
+            process = "eventstore" if goal.measure is Measure.STORE_MEMORY else "relay"
+            ours = value = result["rss_mb"][process]
+            limit = None
+    reached = value >= goal.bound if goal.measure.more_is_better else value <= goal.bound
+    verdict = "void" if "void" in result and goal.of_limit else "reached" if reached else "missed"
+    return Reading(goal, ours, limit, value, verdict)
