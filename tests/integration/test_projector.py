@@ -1,6 +1,9 @@
 """One projector: whatever the topic holds, the rows equal a plain fold of the history."""
 
+import itertools
 import json
+from decimal import Decimal
+from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
@@ -9,6 +12,7 @@ from psycopg.conninfo import make_conninfo
 from refold import names
 from refold.events import headers
 from refold.eventstore import roles
+from refold.projection.definition import Column, Definition, FoldRule
 from refold.projection.readstore import postgres as readstore
 
 from hack.servers import Kafka, Postgres
@@ -177,6 +181,65 @@ async def test_the_latest_event_decides_in_a_row_fed_by_several_partitions(world
     assert model.rows() == fold_customers(world)
 
 
+async def test_a_fold_that_looks_at_the_row_before_equals_the_plain_fold(world: World) -> None:
+    history = Definition(
+        streams=["orders"],
+        columns=[
+            Column(name="before", type="numeric"),
+            Column(name="total", type="numeric", default="100", nullable=False),
+            Column(name="most", type="numeric"),
+            Column(name="notes", type="json"),
+        ],
+        fold=[
+            FoldRule(type="Placed", set={"before": "row.total"}, add={"total": "data.total"}),
+            FoldRule(
+                type="Changed",
+                append={"notes": "[data.note, row.total]"},
+                when="size(row.notes) < 5 || !has(row.notes)",
+            ),
+            FoldRule(type="Changed", add={"total": "1"}, max={"most": "row.total"}),
+            FoldRule(type="Purged", delete=True),
+        ],
+    )
+    model = await world.projection(history, "history")
+    world.append(random_events(500))
+    with model.projector(batch_events=70):
+        model.wait()
+        world.append(random_events(300, seed=3))
+        model.wait()
+    rows: dict[str, dict[str, Any]] = {}
+    for event in itertools.chain.from_iterable(world.events["orders"]):
+        data = json.loads(bytes(event.data), parse_float=Decimal)
+        if event.type == "Purged":
+            rows.pop(event.subject, None)
+        if event.type not in ("Placed", "Changed"):
+            continue
+        row = rows.setdefault(event.subject, {"before": None, "total": Decimal(100), "most": None, "notes": None})
+        if event.type == "Placed":
+            row["before"], row["total"] = row["total"], row["total"] + data["total"]
+            continue
+        if row["notes"] is None or len(row["notes"]) < 5:
+            row["notes"] = [*(row["notes"] or []), [data["note"], float(row["total"])]]
+        row["most"], row["total"] = max(row["most"] or row["total"], row["total"]), row["total"] + 1
+    assert model.rows() == rows
+    assert not model.parked()
+
+
+async def test_one_event_changes_each_row_of_a_list_of_keys(world: World) -> None:
+    both = CUSTOMERS.model_copy(update={"key": "[data.customer, data.customer + '/' + subject, data.customer]"})
+    model = await world.projection(both, "both")
+    world.append(random_events(200))
+    with model.projector(batch_events=30):
+        world.append(random_events(100, seed=2))
+        model.wait()
+    rows = model.rows()
+    assert {key: row for key, row in rows.items() if "/" not in key} == fold_customers(world)
+    for key, row in fold_customers(world).items():
+        parts = [part for other, part in rows.items() if other.startswith(f"{key}/")]
+        assert sum(part["events"] for part in parts) == row["events"]
+        assert sum(part["spent"] for part in parts) == row["spent"]
+
+
 async def test_one_process_folds_several_streams(world: World) -> None:
     await world.stream("returns", partitions=2)
     model = await world.projection(CUSTOMERS.model_copy(update={"streams": ["orders", "returns"]}), "customers")
@@ -312,8 +375,6 @@ async def test_outages_of_postgresql_and_kafka_are_waited_out(
 
 
 async def test_text_of_every_kind_arrives_as_it_was(world: World) -> None:
-    from refold.projection.definition import Column, Definition, FoldRule
-
     definition = Definition(
         streams=["orders"],
         columns=[

@@ -1,6 +1,8 @@
 """The PostgreSQL read store: random definitions and batches leave the rows of a plain fold, and of nothing else."""
 
+import datetime as dt
 import itertools
+from decimal import Decimal
 from typing import Any
 
 import psycopg
@@ -9,9 +11,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from psycopg import AsyncConnection
 from refold import names
-from refold.projection.definition import Definition, StreamRef, VersionDefinition
-from refold.projection.fold import Parked, compile_fold
-from refold.projection.readstore import postgres
+from refold.projection.definition import Definition, StreamRef, VersionDefinition, parse
+from refold.projection.fold import Parked, RowChange, compile_fold
+from refold.projection.readstore import MovedError, postgres
 from refold.projection.readstore.postgres_rows import Advance, PostgresRows
 
 from tests.folding import Reference, definitions, events_of, steps
@@ -46,6 +48,7 @@ async def folded(dsn: str, definition: Definition, history: list[Any], *, severa
     rows.open()
     compiled, reference, parked = compile_fold(definition), Reference(definition, several=several), Parked()
     applied: dict[tuple[str, int], int] = {}
+    keys = {event.subject for _, event, _ in events_of(history, several=several)}
     batch, reached = compiled.batch(parked), dict(applied)
     for stream, event, ends in [*events_of(history, several=several), (None, None, True)]:
         if event is not None:
@@ -60,7 +63,8 @@ async def folded(dsn: str, definition: Definition, history: list[Any], *, severa
             rows.apply(batch.changes.values(), batch.parked, advances)
             parked.rows.update((one.incarnation, one.event.partition, one.key or "") for one in batch.parked)
             applied |= reached
-            batch, reached = compiled.batch(parked), {}
+            before = rows.read(keys, compiled.reads) if compiled.reads else None
+            batch, reached = compiled.batch(parked, before), {}
     rows.close()
     columns = ["key", *(column.name for column in definition.columns)]
     with psycopg.connect(dsn) as connection:
@@ -99,3 +103,63 @@ async def test_rows_fed_by_several_partitions_equal_the_plain_fold(
 ) -> None:
     rows, reference = await folded(store, definition, history, several=True)
     assert rows == reference.rows
+
+
+async def test_rows_that_were_written_after_they_were_read_are_not_overwritten(store: str) -> None:
+    """As by one who takes up a parked event, which moves no position."""
+    definition = parse(
+        {
+            "streams": ["aa"],
+            "columns": [{"name": "n", "type": "integer", "default": "1"}, {"name": "l", "type": "json"}],
+            "fold": [{"type": "T", "set": {"n": "row.n * 2"}, "append": {"l": "row.n"}}],
+        }
+    )
+    streams = [StreamRef(namespace="n", name="aa", incarnation="a" * 16, partitions=1, topic="a", schema="a")]
+    async with await AsyncConnection.connect(store, autocommit=True) as conn:
+        await postgres.claim_projection(conn, namespace="n", name="p", uid="p")
+        version = VersionDefinition(definition=definition, streams=streams)
+        await postgres.ensure_version(conn, namespace="n", name="p", version="v", definition=version)
+    one, other = (PostgresRows(store, namespace="n", name="p", version="v") for _ in range(2))
+    one.open()
+    other.open()
+    stays = [Advance("a" * 16, 0, 0, 0, None, None, None)]
+    reads = ["n", "l"]
+    for known, change in [({}, {"n": 2, "l": "[1]"}), ({"k": {"n": 2, "l": "[1]"}}, {"n": 4, "l": "[1, 2]"})]:
+        assert one.read({"k", "gone"}, reads) == known
+        assert other.read({"k"}, reads) == known
+        one.apply([RowChange("k", set=change)], [], stays)
+        with pytest.raises(MovedError, match="written by another projector"):
+            other.apply([RowChange("k", set=change)], [], stays)
+        assert other.read({"k"}, reads) == {"k": change}
+        other.apply([], [], stays)
+    one.close()
+    other.close()
+
+
+async def test_a_table_tells_its_defaults_and_what_is_never_null(store: str) -> None:
+    columns = {
+        "text": r"'ü\'\\'", "integer": "-9223372036854775808", "numeric": "2.50", "boolean": "true",
+        "timestamp": "'2026-01-01T00:00:00Z'", "json": "{'a': [1, 2.50]}",
+    }  # fmt: skip
+    definition = parse(
+        {
+            "streams": ["aa"],
+            "columns": [
+                {"name": f"c_{name}", "type": name, "default": default, "nullable": False}
+                for name, default in columns.items()
+            ],
+            "fold": [{"type": "T", "delete": True}],
+        }
+    )
+    async with await AsyncConnection.connect(store, autocommit=True) as conn:
+        await postgres.claim_projection(conn, namespace="n", name="p", uid="p")
+        version = VersionDefinition(definition=definition, streams=[])
+        await postgres.ensure_version(conn, namespace="n", name="p", version="v", definition=version)
+        table = psycopg.sql.Identifier(names.read_schema("n", "p"), "rows_v")
+        await conn.execute(psycopg.sql.SQL("insert into {} (key) values ('k')").format(table))
+        cursor = await conn.execute(psycopg.sql.SQL("select * from {}").format(table))
+        moment = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+        found = ("k", "ü'\\", -(2**63), Decimal("2.50"), True, moment, {"a": [1, 2.5]})
+        assert await cursor.fetchone() == found
+        with pytest.raises(psycopg.errors.NotNullViolation):
+            await conn.execute(psycopg.sql.SQL("update {} set c_json = null").format(table))

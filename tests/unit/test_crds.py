@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import celpy
 import pytest
 import yaml
-from refold.projection.definition import Column, ColumnType, Definition, FoldRule
+from refold.projection.definition import OPERATIONS, Column, ColumnType, Definition, FoldRule
 from refold_operator import eventstream, resources
 
 CRDS = Path(__file__).parents[2] / "crds"
@@ -156,3 +157,24 @@ def test_the_models_read_the_defaults_that_the_api_server_fills_in(kind: str) ->
     model = resources.EventStreamSpec if kind == "EventStream" else resources.ProjectionSpec
     assert model.model_fields["deletion_policy"].default == policy["default"]
     assert set(policy["enum"]) == {"Retain", "Delete"}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "allowed"),
+    [
+        ("fold", {"type": "A"}, False),
+        ("fold", {"type": "A", "when": "true"}, False),
+        *(("fold", {"type": "A", operation: {"c": "1"}}, True) for operation in OPERATIONS),
+        ("fold", {"type": "A", **{operation: {"c": "1"} for operation in OPERATIONS}}, True),
+        ("fold", {"type": "A", "delete": True}, True),
+        *(("fold", {"type": "A", operation: {"c": "1"}, "delete": True}, False) for operation in OPERATIONS),
+        ("columns", {"name": "c", "type": "text", "nullable": True}, True),
+        ("columns", {"name": "c", "type": "text", "nullable": False}, False),
+        ("columns", {"name": "c", "type": "text", "nullable": False, "default": "'x'"}, True),
+    ],
+)
+def test_rules_refuse_what_cannot_work(path: str, value: dict[str, Any], *, allowed: bool) -> None:
+    (rule,) = schema("Projection", "spec", path, "[]")["x-kubernetes-validations"]
+    environment = celpy.Environment()
+    program = environment.program(environment.compile(rule["rule"]))
+    assert bool(program.evaluate({"self": celpy.json_to_cel(value)})) is allowed

@@ -10,6 +10,7 @@ from refold.projection.definition import (
     StreamRef,
     VersionDefinition,
     parse,
+    read_columns,
     single_partition,
     version_of,
 )
@@ -72,7 +73,7 @@ def test_the_designs_example_is_accepted_with_the_rest_of_its_spec() -> None:
         (spec(rule(set={"status": "event.typ"})), "spec.fold[0].set.status (line 1, column 7)", "has no field 'typ'"),
         (spec(rule(set={"colour": "'red'"})), "spec.fold[0].set.colour", "there are status, items, total"),
         (spec(rule(set={"colour": "'red'"}), columns=[]), "spec.fold[0].set.colour", "there are none"),
-        (spec(rule()), "spec.fold[0]", "does nothing: give it set, add, min, max or delete"),
+        (spec(rule()), "spec.fold[0]", "does nothing: give it set, add, min, max, append or delete"),
         (spec(rule(delete=True, set={"open": "true"})), "spec.fold[0].delete", "either deletes the row or changes it"),
         (spec(rule(set={"items": "1"}, add={"items": "1"})), "spec.fold[0].add.items", "has set for items as well"),
         (spec(rule(add={"status": "'x'"})), "spec.fold[0].add.status", "a column of type integer or numeric"),
@@ -84,7 +85,25 @@ def test_the_designs_example_is_accepted_with_the_rest_of_its_spec() -> None:
         ),
         (spec(rule(max={"lines": "1"})), "spec.fold[0].max.lines", "lines is json"),
         (spec(rule(max={"at": "1"})), "spec.fold[0].max.at", "max on timestamp takes string or timestamp, not number"),
-        (spec(rule(min={"items": "1"}), rule(max={"items": "1"})), "spec.fold[1].max.items", "another rule has min"),
+        (
+            spec(rule(append={"items": "1"})),
+            "spec.fold[0].append.items",
+            "append needs a column of type json, items is",
+        ),
+        (spec(rule(set={"items": "data.a ? 'x' : null"})), "spec.fold[0].set.items", "not string or null"),
+        (spec(rule(set={"open": "row.status"})), "spec.fold[0].set.open", "takes bool or null, not string or null"),
+        (
+            spec(rule(set={"open": "row"})),
+            "spec.fold[0].set.open (line 1, column 1)",
+            "its columns, status, items, total",
+        ),
+        (
+            spec(rule(set={"open": "row.x"})),
+            "spec.fold[0].set.open (line 1, column 5)",
+            "row has no column 'x': it has",
+        ),
+        (spec(rule(set={"open": "row.items + 'x' == 'x'"})), "spec.fold[0].set.open", "+ is not defined for number"),
+        (spec(rule(set={"open": "true"}), key="row.status"), "spec.key (line 1, column 1)", "there is no row here"),
         (spec(rule(add={"lines": "data.x"})), "spec.fold[0].add.lines", "lines is json"),
         (spec(rule(set={"status": "1"})), "spec.fold[0].set.status", "takes string or null, not number: use string()"),
         (spec(rule(set={"items": "'1'"})), "spec.fold[0].set.items", "takes number or null, not string"),
@@ -100,6 +119,11 @@ def test_the_designs_example_is_accepted_with_the_rest_of_its_spec() -> None:
             spec(rule(set={"open": "true"}), key="event.revision"),
             "spec.key",
             "or a list of strings, not number",
+        ),
+        (
+            spec(rule(set={"open": "true"}), key="[subject, data.other, event.revision]"),
+            "spec.key (line 1, column 29)",
+            "a list of strings, not number: use string()",
         ),
         (spec(rule(set={"open": "true"}), key="subj"), "spec.key (line 1, column 1)", "unknown name 'subj'"),
         (spec(rule(set={"open": "true"}), streams=["a", "a"]), "spec.streams[1]", "stands here twice"),
@@ -121,6 +145,57 @@ def test_what_cannot_work_is_refused_naming_the_field_and_the_way_out(
     found = problems(wrong)
     assert found[0].startswith(f"{path}: ") or found[0].startswith(f"{path} (line"), found
     assert message in found[0]
+
+
+@pytest.mark.parametrize(
+    ("column", "path", "message"),
+    [
+        (
+            {"type": "text", "default": "1"},
+            "default",
+            "x is text, which takes string or null, not number: use string()",
+        ),
+        ({"type": "text", "default": "subject"}, "default", "the same for all rows: it can't look at the event"),
+        ({"type": "text", "default": "event.data.x"}, "default", "the same for all rows"),
+        ({"type": "text", "default": "row.x"}, "default (line 1, column 1)", "there is no row here"),
+        ({"type": "text", "default": "placed"}, "default (line 1, column 1)", "unknown name 'placed'"),
+        ({"type": "integer", "default": "1 / 2"}, "default", "number 0.5 is not a whole number"),
+        ({"type": "integer", "default": "1 / 0"}, "default (line 1, column 3)", "division by zero"),
+        ({"type": "timestamp", "default": "'today'"}, "default", "is not a time like"),
+        ({"type": "integer", "default": 5}, "default", "in quotes"),
+        ({"type": "integer", "nullable": False}, "", "give it a default, or let it be null"),
+        ({"type": "integer", "nullable": False, "default": "null"}, "default", "give it a default"),
+        ({"type": "json", "nullable": False, "default": "[null][0]"}, "default", "give it a default"),
+    ],
+)
+def test_a_default_that_cannot_work_is_refused(column: dict[str, Any], path: str, message: str) -> None:
+    found = problems(spec(rule(delete=True), columns=[{"name": "x", **column}]))
+    assert found[0].startswith(f"spec.columns[0]{'.' * bool(path)}{path}: "), found
+    assert message in found[0]
+
+
+def test_null_is_refused_where_a_column_cannot_be_null() -> None:
+    columns = [{"name": "x", "type": "integer", "nullable": False, "default": "0"}]
+    (found,) = problems(spec(rule(set={"x": "null"}), columns=columns))
+    assert found == "spec.fold[0].set.x: x is integer, which takes number, not null"
+    parse(spec(rule(set={"x": "row.x + 1"}), columns=columns))
+    parse(spec(rule(set={"x": "data.x"}), columns=columns))  # null is a bad event
+
+
+def test_which_columns_a_fold_has_to_know_before() -> None:
+    def read(*rules: dict[str, Any], **column: Any) -> list[str]:
+        columns = [{**each, **column} if each["name"] == "items" else each for each in COLUMNS]
+        return read_columns(parse(spec(*rules, columns=columns)))
+
+    assert read(rule(set={"items": "1"}), rule(add={"items": "1"}), rule(delete=True), rule(min={"at": "data.t"})) == []
+    assert read(rule(add={"items": "1"}), default="0.0") == []
+    assert read(rule(set={"items": "1"}), default="7") == []
+    assert read(rule(add={"items": "1"}), default="7") == ["items"]
+    assert read(rule(max={"items": "1"}), default="0") == ["items"]
+    assert read(rule(max={"items": "1"}), rule(add={"items": "1"})) == ["items"]
+    assert read(rule(append={"lines": "1"})) == ["lines"]
+    assert read(rule(set={"at": "event.time"}, when="row.total > 1 && has(row.open)")) == ["total", "open"]
+    assert read(rule(set={"lines": "data.l.map(row, row.total)"})) == []
 
 
 def test_all_problems_are_told_at_once() -> None:
@@ -170,6 +245,9 @@ def definition(**fields: Any) -> Definition:
         {"key": "event.type"},
         {"columns": [*COLUMNS, {"name": "more", "type": "text"}]},
         {"columns": [{**column, "type": "json"} for column in COLUMNS]},
+        {"columns": [{**column, "default": "null"} for column in COLUMNS]},
+        {"columns": [*COLUMNS[:-1], {**COLUMNS[-1], "nullable": False, "default": "1"}]},
+        {"columns": [*COLUMNS[:-1], {**COLUMNS[-1], "default": "1"}]},
         {"fold": [rule(set={"open": "false"})]},
         {"fold": [rule(set={"open": "true"}, when="true")]},
         {"fold": [rule(set={"open": "true"}), rule(set={"status": "'x'"})]},
@@ -200,6 +278,7 @@ def test_another_history_read_store_or_annotation_is_another_version() -> None:
     [
         {"columns": [{**column, "index": True} for column in COLUMNS]},
         {"columns": COLUMNS[::-1]},
+        {"columns": [{**column, "nullable": True} for column in COLUMNS]},
         {"key": "subject"},
         {"projector": {"replicas": 3}},
     ],

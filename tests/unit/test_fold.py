@@ -41,8 +41,10 @@ def event(
     )
 
 
-def folded(compiled: Fold, *events: Event, parked: Parked | None = None) -> Batch:
-    batch = compiled.batch(parked)
+def folded(
+    compiled: Fold, *events: Event, parked: Parked | None = None, before: dict[str, dict[str, Any]] | None = None
+) -> Batch:
+    batch = compiled.batch(parked, before)
     batch.fold(INCARNATION, events)
     return batch
 
@@ -355,6 +357,105 @@ def test_in_rows_fed_by_several_partitions_the_later_stamp_wins_within_a_batch()
 def test_of_two_rules_for_one_event_the_later_sets_the_stamped_column() -> None:
     compiled = fold({"type": "E", "set": {"text": "'1'"}}, {"type": "E", "set": {"text": "'2'"}}, key="'row'")
     assert folded(compiled, event("E")).changes["row"].set == {"text": "2"}
+
+
+def test_row_is_what_stands_there_before_the_event() -> None:
+    compiled = fold(
+        {"type": "E", "set": {"integer": "has(row.integer) ? row.integer * 2 : 1", "text": "'first'"}},
+        {"type": "E", "set": {"text_2": "row.text"}, "when": "has(row.text) || row.integer == 4"},
+        {"type": "D", "delete": True},
+    )
+    assert compiled.reads == ["text", "integer"]
+    found = folded(compiled, event("E"), before={"a": {"integer": 2, "text": None}}).changes["a"]
+    assert found == RowChange("a", set={"integer": 4, "text": "first"})
+    twice = folded(compiled, event("E"), event("E", position=2), before={"a": {"integer": 2, "text": "old"}}).changes
+    assert twice["a"].set == {"integer": 8, "text": "first", "text_2": "first"}
+    assert folded(compiled, event("E"), event("E", position=2)).changes["a"].set["integer"] == 2
+    anew = folded(compiled, event("D"), event("E", position=2), before={"a": {"integer": 2, "text": "old"}}).changes
+    assert anew["a"] == RowChange("a", deleted_first=True, set={"integer": 1, "text": "first"})
+
+
+def test_maps_of_the_row_are_in_the_order_of_their_keys_whoever_wrote_them() -> None:
+    compiled = fold(
+        {"type": "E", "set": {"json": "{'b': 1, 'a': 2.50}"}},
+        {"type": "F", "set": {"text": "row.json.map(k, k)[0]", "numeric": "row.json.a + row.json.b"}},
+    )
+    same = {"text": "a", "numeric": Decimal("3.50")}
+    assert same.items() <= folded(compiled, event("E"), event("F", position=2)).changes["a"].set.items()
+    assert folded(compiled, event("F"), before={"a": {"json": '{"b": 1, "a": 2.50}'}}).changes["a"].set == same
+
+
+def test_an_expression_of_the_row_that_fails_is_a_bad_event() -> None:
+    compiled = fold({"type": "E", "set": {"integer": "row.integer + 1"}, "when": "row.text != 'x'"})
+    batch = folded(
+        compiled, event("E"), event("E", position=2), event("E", subject="b", position=3), before={"b": {"integer": 1}}
+    )
+    assert errors(batch) == [
+        (1, "a", "fold[0].set.integer: + is not defined for null and number (line 1, column 13)"),
+        (2, "a", "fold[0].set.integer: + is not defined for null and number (line 1, column 13)"),
+    ]
+    assert batch.changes == {"b": RowChange("b", set={"integer": 2})}
+
+
+def test_append_puts_an_item_at_the_end_of_an_array() -> None:
+    compiled = fold(
+        {"type": "E", "append": {"json": "data.x"}},
+        {"type": "S", "set": {"json": "data.x"}},
+        {"type": "D", "delete": True},
+    )
+    items = [event("E", f'{{"x": {x}}}', position=i) for i, x in enumerate(["1", "null", "[2.50]", '"ü"'], 1)]
+    assert folded(compiled, *items).changes["a"].set == {"json": '[1,null,[2.50],"ü"]'}
+    assert folded(compiled, items[0], before={"a": {"json": "[]"}}).changes["a"].set == {"json": "[1]"}
+    assert folded(compiled, items[1], before={"a": {"json": "[0, 1]"}}).changes["a"].set == {"json": "[0, 1,null]"}
+    assert folded(compiled, event("D"), items[1], before={"a": {"json": "[0]"}}).changes["a"].set == {"json": "[null]"}
+    batch = folded(compiled, event("S", '{"x": {"a": 1}}'), items[1])
+    assert batch.changes["a"].set == {"json": '{"a":1}'}
+    assert "something else than an array" in errors(batch)[0][2]
+
+
+def test_beyond_the_bounds_of_an_array_an_event_is_bad_and_changes_nothing_else() -> None:
+    compiled = fold(
+        {"type": "E", "set": {"text": "'t'"}, "append": {"json": "data.x"}}, {"type": "E", "add": {"integer": "1"}}
+    )
+    full = "[" + ", ".join(["1"] * 999) + "]"
+    one = '{"x": 1}'
+    batch = folded(compiled, event("E", one), event("E", one, position=2), before={"a": {"json": full}})
+    assert batch.changes["a"].merge == {"integer": 1}
+    assert errors(batch) == [(2, "a", "fold[0].append.json: the array holds 1000 items, and at most 1000 are kept")]
+    assert folded(compiled, event("E", f'{{"x": "{"x" * 4094}"}}')).parked == []
+    batch = folded(compiled, event("E", f'{{"x": "{"ü" * 2048}"}}'))
+    assert batch.changes == {}
+    assert "at most 4096 bytes of JSON, not 4098" in errors(batch)[0][2]
+
+
+def test_a_sum_of_which_the_value_before_is_known_is_held_against_its_bounds_at_once() -> None:
+    compiled = fold({"type": "E", "add": {"integer": "data.n"}}, {"type": "M", "max": {"integer": "data.n"}})
+    events = [event("E", f'{{"n": {2**63 - 2}}}'), event("M", '{"n": 9}'), event("E", '{"n": 1}')]
+    batch = folded(compiled, *events, before={"a": {"integer": 1}})
+    assert batch.changes["a"].set == {"integer": 2**63 - 1}
+    assert "fold[0].add.integer: " in errors(batch)[0][2]
+    assert "beyond an integer column's 64 bits" in errors(batch)[0][2]
+
+
+def test_a_default_stands_in_a_row_before_its_first_event() -> None:
+    columns = [
+        {"name": "n", "type": "integer", "default": "10", "nullable": False},
+        {"name": "t", "type": "text", "default": "'new'"},
+    ]
+    compiled = fold(
+        {"type": "A", "add": {"n": "1"}},
+        {"type": "T", "set": {"t": "row.t + '!'"}},
+        {"type": "S", "set": {"n": "data.n"}},
+        {"type": "D", "delete": True},
+        columns=columns,
+    )
+    assert folded(compiled, event("A")).changes["a"].set == {"n": 11}
+    assert folded(compiled, event("A"), before={"a": {"n": 5, "t": None}}).changes["a"].set == {"n": 6}
+    assert folded(compiled, event("T"), event("T", position=2)).changes["a"].set == {"t": "new!!"}
+    gone = folded(compiled, event("D"), event("A", position=2), before={"a": {"n": 5, "t": "x"}}).changes["a"]
+    assert (gone.deleted_first, gone.set) == (True, {"n": 11})
+    ((_, _, error),) = errors(folded(compiled, event("S", '{"n": null}')))
+    assert error.startswith("fold[2].set.n: the column takes no null")
 
 
 def test_batches_share_nothing() -> None:

@@ -14,10 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from refold.projection import cel
-from refold.projection.values import CONVERSIONS
+from refold.projection.values import CONVERSIONS, Value
 
 #: What a rule can do to a column; all but `set` depend on what stands there.
-OPERATIONS = ("set", "add", "min", "max")
+OPERATIONS = ("set", "add", "min", "max", "append")
+_COMMUTING = ("set", "add", "min", "max")
 _COLUMN_NAME = r"^[a-z][a-z0-9_]{0,39}$"
 
 
@@ -32,16 +33,32 @@ class ColumnType(StrEnum):
     JSON = "json"
 
 
+#: What the columns of a row hold, but for null.
+_ROW_KINDS = {
+    ColumnType.TEXT: cel.Kind.STRING,
+    ColumnType.INTEGER: cel.Kind.NUMBER,
+    ColumnType.NUMERIC: cel.Kind.NUMBER,
+    ColumnType.BOOLEAN: cel.Kind.BOOL,
+    ColumnType.TIMESTAMP: cel.Kind.TIMESTAMP,
+    ColumnType.JSON: cel.Kind.JSON & ~cel.Kind.NULL,
+}
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
 class Column(_Model):
-    """One column of the read model. `key` is the row's own and can't be declared."""
+    """One column of the read model. `key` is the row's own and can't be declared.
+
+    `default` is an expression without event, data and row: what stands in a new row before its first event.
+    """
 
     name: Annotated[str, Field(pattern=_COLUMN_NAME)]
     type: ColumnType
     index: bool = False
+    nullable: bool = True
+    default: str | None = None
 
 
 class FoldRule(_Model):
@@ -55,6 +72,7 @@ class FoldRule(_Model):
     add: dict[str, str] = {}
     min: dict[str, str] = {}
     max: dict[str, str] = {}
+    append: dict[str, str] = {}
     delete: bool = False
     when: str | None = None
 
@@ -93,7 +111,8 @@ class VersionDefinition(_Model):
 
     def to_json(self) -> str:
         """Return the JSON text for `versions.definition`."""
-        return self.model_dump_json(by_alias=True)
+        # Without defaults, so that a process of an earlier Refold can read what uses nothing new.
+        return self.model_dump_json(by_alias=True, exclude_defaults=True)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "VersionDefinition":
@@ -149,23 +168,75 @@ def parse(spec: Mapping[str, object]) -> Definition:
 
 def check(definition: Definition) -> list[Problem]:
     """Return all that keeps `definition` from working; empty where it can be folded."""
-    columns = {column.name: column.type.value for column in definition.columns}
-    problems = [*_check_names(definition), *_check_key(definition.key)]
+    columns = {column.name: column for column in definition.columns}
+    problems = [*_check_columns(definition), *_check_key(definition.key)]
+    row = row_fields(definition)
     for position, rule in enumerate(definition.fold):
-        problems += _check_rule(f"spec.fold[{position}]", rule, columns)
-    if not problems:
-        single = single_partition(definition)
-        problems += _check_merges(definition) if single else _check_several_partitions(definition)
+        problems += _check_rule(f"spec.fold[{position}]", rule, columns, row)
+    if not problems and not single_partition(definition):
+        problems += _check_several_partitions(definition)
     return problems
 
 
+def row_fields(definition: Definition) -> dict[str, tuple[str, cel.Kind]]:
+    """Return what expressions know as `row`: by column the Python that reads it, and its kinds."""
+    fields = {}
+    for column in definition.columns:
+        python, kind = f"row[{column.name!r}]", _ROW_KINDS[column.type]
+        if column.type == ColumnType.JSON:
+            python = f"_parsed({python})"
+        fields[column.name] = (python, kind | cel.Kind.NULL if column.nullable else kind)
+    return fields
+
+
+def default_of(column: Column) -> Value:
+    """Return what stands in the column of a new row.
+
+    Raises:
+        CelError: the default is no expression.
+        EvaluationError: it has no value, or none that the column takes.
+    """
+    if column.default is None:
+        return None
+    return CONVERSIONS[column.type].functions["set"](cel.function(column.default)(None, None, None))
+
+
+def read_columns(definition: Definition) -> list[str]:
+    """Return the columns of which a fold must know what stands in the row before, in the order of their declaration.
+
+    Without them a fold needs to know nothing: sums, the least and the greatest can join the value before where it
+    stands. It has to know what `row` looks at, an array that is appended to (whose bound counts), and what takes
+    several operations that don't commute or begins with a default.
+    """
+    if not single_partition(definition):
+        return []
+    row = row_fields(definition)
+    used: set[str] = set()
+    operations: dict[str, set[str]] = {column.name: set() for column in definition.columns}
+    for rule in definition.fold:
+        sources = [] if rule.when is None else [rule.when]
+        for operation, name, source in rule.assignments():
+            sources.append(source)
+            if operation != "set":
+                operations[name].add(operation)
+        for source in sources:
+            used |= cel.check(source, row=row).row_columns
+    for column in definition.columns:
+        joins = operations[column.name]
+        begins = default_of(column) is not None and not (joins == {"add"} and default_of(column) == 0)
+        if "append" in joins or len(joins) > 1 or (joins and begins):
+            used.add(column.name)
+    return [column.name for column in definition.columns if column.name in used]
+
+
 def merges(definition: Definition) -> dict[str, str]:
-    """Return the columns that take values which join the one before, each with how: `add`, `min` or `max`."""
+    """Return the columns that take values which join the one before in the read store, each with how: add, min, max."""
+    read = read_columns(definition)
     return {
         column: operation
         for rule in definition.fold
         for operation, column, _ in rule.assignments()
-        if operation != "set"
+        if operation != "set" and column not in read
     }
 
 
@@ -178,7 +249,7 @@ def single_partition(definition: Definition) -> bool:
     return len(definition.streams) == 1 and cel.check(definition.key).fast == "event.subject"
 
 
-def _check_names(definition: Definition) -> Iterator[Problem]:
+def _check_columns(definition: Definition) -> Iterator[Problem]:
     for position, stream in enumerate(definition.streams):
         if stream in definition.streams[:position]:
             yield Problem(f"spec.streams[{position}]", "Duplicate", f"the stream {stream} stands here twice")
@@ -190,28 +261,56 @@ def _check_names(definition: Definition) -> Iterator[Problem]:
         if column.name in names:
             yield Problem(path, "Duplicate", f"the column {column.name} stands here twice")
         names.add(column.name)
+        yield from _check_default(f"spec.columns[{position}]", column)
+
+
+def _check_default(path: str, column: Column) -> Iterator[Problem]:
+    if column.default is not None:
+        path = f"{path}.default"
+        expression = _compiled(path, column.default)
+        if isinstance(expression, Problem):
+            yield expression
+            return
+        if not expression.constant:
+            yield Problem(path, "NotConstant", "a default is the same for all rows: it can't look at the event")
+            return
+        if not _fits(expression.kind, CONVERSIONS[column.type].kinds):
+            yield _wrong_type(path, column, "set", expression.kind)
+            return
+        try:
+            value = default_of(column)
+        except cel.EvaluationError as error:
+            yield Problem(path, "InvalidDefault", error.message, error.line, error.column)
+            return
+    else:
+        value = None
+    if value is None and not column.nullable:
+        message = "a row may begin with an event that doesn't set the column: give it a default, or let it be null"
+        yield Problem(path, "NeedsDefault", message)
 
 
 def _check_key(source: str) -> Iterator[Problem]:
     expression = _compiled("spec.key", source)
     if isinstance(expression, Problem):
         yield expression
-    elif not expression.kind & (cel.Kind.STRING | cel.Kind.LIST):
-        yield Problem(
-            "spec.key",
-            "WrongType",
-            f"a key is a string or a list of strings, not {expression.kind.title}: use string()",
-        )
+        return
+    whole = [(expression.kind, (None, None))] if not expression.kind & (cel.Kind.STRING | cel.Kind.LIST) else []
+    items = [(kind, at) for kind, at in expression.items if not kind & cel.Kind.STRING]
+    for kind, at in [*whole, *items]:
+        message = f"a key is a string or a list of strings, not {kind.title}: use string()"
+        yield Problem("spec.key", "WrongType", message, *at)
 
 
-def _check_rule(path: str, rule: FoldRule, columns: Mapping[str, str]) -> Iterator[Problem]:
+def _check_rule(
+    path: str, rule: FoldRule, columns: Mapping[str, Column], row: Mapping[str, tuple[str, cel.Kind]]
+) -> Iterator[Problem]:
     assignments = list(rule.assignments())
     if not (assignments or rule.delete):
         yield Problem(path, "NothingToDo", f"the rule does nothing: give it {', '.join(OPERATIONS)} or delete")
     if rule.delete and assignments:
         yield Problem(f"{path}.delete", "Conflict", "a rule either deletes the row or changes it: make two rules of it")
     if rule.when is not None:
-        expression = _compiled(f"{path}.when", rule.when)
+        expression = _compiled(f"{path}.when", rule.when, row)
         if isinstance(expression, Problem):
             yield expression
         elif not expression.kind & cel.Kind.BOOL:
@@ -219,46 +318,39 @@ def _check_rule(path: str, rule: FoldRule, columns: Mapping[str, str]) -> Iterat
     used: dict[str, str] = {}
     for operation, column, source in assignments:
         place = f"{path}.{operation}.{column}"
-        yield from _check_assignment(place, operation, column, source, columns)
+        expression = _compiled(place, source, row)
+        if isinstance(expression, Problem):
+            yield expression
+        if column not in columns:
+            there_are = f"there are {', '.join(columns)}" if columns else "there are none"
+            yield Problem(place, "UnknownColumn", f"{column} is not in spec.columns ({there_are}): declare it there")
+        elif operation not in CONVERSIONS[columns[column].type].functions:
+            takers = [name for name, conversion in CONVERSIONS.items() if operation in conversion.functions]
+            message = f"{operation} needs a column of type {_listed(takers)}, {column} is {columns[column].type}"
+            yield Problem(place, "WrongColumnType", message)
+        elif isinstance(expression, cel.Expression) and not _fits(expression.kind, _taken(columns[column], operation)):
+            yield _wrong_type(place, columns[column], operation, expression.kind)
         if (other := used.setdefault(column, operation)) != operation:
             yield Problem(place, "Conflict", f"the rule has {other} for {column} as well: make two rules of it")
 
 
-def _check_assignment(
-    path: str, operation: str, column: str, source: str, columns: Mapping[str, str]
-) -> Iterator[Problem]:
-    expression = _compiled(path, source)
-    if isinstance(expression, Problem):
-        yield expression
-    if column not in columns:
-        there_are = f"there are {', '.join(columns)}" if columns else "there are none"
-        yield Problem(path, "UnknownColumn", f"{column} is not in spec.columns ({there_are}): declare it there")
-        return
-    kind = columns[column]
-    if operation not in CONVERSIONS[kind].functions:
-        takers = [name for name, conversion in CONVERSIONS.items() if operation in conversion.functions]
-        message = f"{operation} needs a column of type {_listed(takers)}, {column} is {kind}"
-        yield Problem(path, "WrongColumnType", message)
-        return
-    takes = CONVERSIONS[kind].kinds
-    if operation != "set":
-        takes &= ~cel.Kind.NULL
-    if isinstance(expression, cel.Expression) and not expression.kind & takes:
-        what = f"{column} is {kind}, which takes" if operation == "set" else f"{operation} on {kind} takes"
-        way_out = ": use string()" if kind == ColumnType.TEXT else ""
-        yield Problem(path, "WrongType", f"{what} {takes.title}, not {expression.kind.title}{way_out}")
+def _taken(column: Column, operation: str) -> cel.Kind:
+    """Return the kinds that an operation takes on a column."""
+    kinds = CONVERSIONS[column.type].kinds
+    null = column.nullable if operation == "set" else operation == "append"
+    return kinds if null else kinds & ~cel.Kind.NULL
 
 
-def _check_merges(definition: Definition) -> Iterator[Problem]:
-    """Refuse two ways to join a column's value with the one before."""
-    used: dict[str, str] = {}
-    for position, rule in enumerate(definition.fold):
-        for operation, column, _ in rule.assignments():
-            if operation != "set" and (other := used.setdefault(column, operation)) != operation:
-                message = (
-                    f"another rule has {other} for {column}: of add, min and max a column takes one, use two columns"
-                )
-                yield Problem(f"spec.fold[{position}].{operation}.{column}", "Conflict", message)
+def _fits(kind: cel.Kind, taken: cel.Kind) -> bool:
+    """Return whether a value of `kind` may be taken, and not only where it is null."""
+    return bool(kind & taken & ~cel.Kind.NULL) or (kind == cel.Kind.NULL and bool(taken & kind))
+
+
+def _wrong_type(path: str, column: Column, operation: str, kind: cel.Kind) -> Problem:
+    what = f"{column.name} is {column.type}, which" if operation == "set" else f"{operation} on {column.type}"
+    way_out = ": use string()" if column.type == ColumnType.TEXT and kind != cel.Kind.NULL else ""
+    message = f"{what} takes {_taken(column, operation).title}, not {kind.title}{way_out}"
+    return Problem(path, "WrongType", message)
 
 
 def _check_several_partitions(definition: Definition) -> Iterator[Problem]:
@@ -266,6 +358,7 @@ def _check_several_partitions(definition: Definition) -> Iterator[Problem]:
     cause = "several streams feed a row" if len(definition.streams) > 1 else "the key is not the subject"
     why = f"{cause}, so its events come from several partitions, which have no common order"
     used: dict[str, str] = {}
+    row = row_fields(definition)
     for position, rule in enumerate(definition.fold):
         path = f"spec.fold[{position}]"
         if rule.delete:
@@ -274,15 +367,30 @@ def _check_several_partitions(definition: Definition) -> Iterator[Problem]:
                 "NeedsOnePartition",
                 f"{why}: set a column such as `deleted` instead, or use one stream with key: subject",
             )
-        for operation, column, _ in rule.assignments():
-            if (other := used.setdefault(column, operation)) != operation:
-                message = f"{why}: all rules for {column} use the same of {_listed(OPERATIONS)}, and one has {other}"
-                yield Problem(f"{path}.{operation}.{column}", "NeedsOnePartition", message)
+        if rule.when is not None:
+            yield from _check_row(f"{path}.when", rule.when, why, row)
+        for operation, column, source in rule.assignments():
+            place = f"{path}.{operation}.{column}"
+            yield from _check_row(place, source, why, row)
+            if operation == "append":
+                message = f"{why}: make rows of what is appended, or use one stream with key: subject"
+                yield Problem(place, "NeedsOnePartition", message)
+            elif (other := used.setdefault(column, operation)) != operation:
+                message = f"{why}: all rules for {column} use the same of {_listed(_COMMUTING)}, and one has {other}"
+                yield Problem(place, "NeedsOnePartition", message)
 
 
-def _compiled(path: str, source: str) -> cel.Expression | Problem:
+def _check_row(path: str, source: str, why: str, row: Mapping[str, tuple[str, cel.Kind]]) -> Iterator[Problem]:
+    if (at := cel.check(source, row=row).row_at) is not None:
+        message = f"{why}: there is no row before the event to look at, use one stream with key: subject"
+        yield Problem(path, "NeedsOnePartition", message, *at)
+
+
+def _compiled(
+    path: str, source: str, row: Mapping[str, tuple[str, cel.Kind]] | None = None
+) -> cel.Expression | Problem:
     try:
-        return cel.check(source)
+        return cel.check(source, row=row)
     except cel.CelError as error:
         return Problem(path, "InvalidExpression", error.message, error.line, error.column)
 
@@ -318,7 +426,10 @@ def version_of(
     # Only what differs from its default counts, so that fields added later don't rename the versions of today.
     content = definition.model_dump(mode="json", exclude_defaults=True)
     content["streams"] = sorted([ref.namespace, ref.name, ref.incarnation] for ref in streams)
-    content["columns"] = sorted([column.name, column.type.value] for column in definition.columns)
+    content["columns"] = sorted(
+        [column.name, *column.model_dump(mode="json", exclude_defaults=True, exclude={"name", "index"}).values()]
+        for column in definition.columns
+    )
     content["readStore"] = read_store
     content["rebuild"] = rebuild
     return hashlib.sha256(msgspec.json.encode(content, order="deterministic")).hexdigest()[:8]

@@ -3,7 +3,8 @@
 How the projector uses it, once per transaction:
 
     fold = compile_fold(version.definition)                  # once per process
-    batch = fold.batch(parked)                               # what is parked already, see `Parked`
+    before = rows.read(keys, fold.reads)                     # only where fold.reads names columns
+    batch = fold.batch(parked, before)                       # what is parked already, see `Parked`
     batch.fold(incarnation, events)                          # as often as wanted; the events of a partition in order
     batch.changes                                            # {key: RowChange}: one upsert or delete each
     batch.parked                                             # [ParkedEvent]: to be written in the same transaction
@@ -15,10 +16,15 @@ beyond 64 bits) is found by folding smaller batches; its key then goes into `Par
 How a `RowChange` becomes SQL (`old` is the row before, which the fold never needs to know):
 
     not exists_after                      delete
-    exists_after and deleted_first        the new row is `set`, all other columns NULL (`merge` is empty)
+    exists_after and deleted_first        the new row is `set`, all other columns hold their defaults (`merge` is empty)
     exists_after and not deleted_first    a column in `set` takes that value, one in `merge` what `definition.merges`
                                           says of old and value (the sum, the least, the greatest; the value where
-                                          old is NULL), the others keep theirs, which is NULL where there was no row
+                                          old is NULL), the others keep theirs; where there was no row, old is the
+                                          column's default
+
+What the fold needs to know of `old` (`definition.read_columns`: what `row` looks at, arrays that are appended to) is
+read before: the rows of all keys of a batch, which nobody else may change until the batch is written. Such a fold is of
+rows fed by one partition, whose key is the subject; the columns that it reads are only ever set.
 
 A row fed by several partitions (`not fold.single_partition`) is never deleted, and each of its set columns has a stamp
 in `stamps`: the column takes the value only where the stamp is greater than the one kept beside it (or none is kept).
@@ -30,17 +36,28 @@ exact form of its expressions, and applies it after all or parks it.
 """
 
 import datetime as dt
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, Inexact, InvalidOperation, Overflow
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
 from refold.events import Event
 from refold.projection import cel
-from refold.projection.definition import Definition, FoldRule, InvalidDefinitionError, check, single_partition
-from refold.projection.values import CONVERSIONS, Value, to_key, to_keys
+from refold.projection.definition import (
+    Column,
+    ColumnType,
+    Definition,
+    FoldRule,
+    InvalidDefinitionError,
+    check,
+    default_of,
+    read_columns,
+    row_fields,
+    single_partition,
+)
+from refold.projection.values import CONVERSIONS, Value, appended, integer_total, not_null, to_key, to_keys
 
 #: Sums of numeric values (at most 100 digits before and 199 after the point) never need more than this.
 _SUM = Context(prec=400, Emax=MAX_EMAX, Emin=MIN_EMIN, traps=[Inexact, InvalidOperation, Overflow])
@@ -89,17 +106,29 @@ class Parked(msgspec.Struct):
 _Handlers = tuple[Callable[[Event], None], Callable[..., None]]
 
 
+#: What stands in rows, by key and column, of the columns that are read; a key that is missing has no row.
+Before = Mapping[str, Mapping[str, Value]]
+
+
 class Fold:
-    """A compiled definition, free of state. `single_partition`: whether each row is fed by one partition only."""
+    """A compiled definition, free of state.
+
+    `single_partition`: whether each row is fed by one partition only. `reads`: the columns that a batch needs to know
+    of the rows before.
+    """
 
     def __init__(self, definition: Definition) -> None:
         self.definition = definition
         self.single_partition = single_partition(definition)
-        self._plan = _Plan(definition, single=self.single_partition)
+        self.reads = read_columns(definition)
+        self._plan = _Plan(definition, single=self.single_partition, reads=self.reads)
 
-    def batch(self, parked: Parked | None = None) -> "Batch":
-        """Return an empty batch that respects what is `parked`, which is read only."""
-        return Batch(self._plan, parked or Parked())
+    def batch(self, parked: Parked | None = None, before: Before | None = None) -> "Batch":
+        """Return an empty batch that respects what is `parked`, which is read only.
+
+        `before` holds the rows of all subjects of the batch's events, where the fold `reads` columns.
+        """
+        return Batch(self._plan, parked or Parked(), before or {})
 
 
 class Batch:
@@ -108,10 +137,11 @@ class Batch:
     `changes` holds them by key, `parked` the events that had no effect on a row and are to be parked, in order.
     """
 
-    def __init__(self, plan: "_Plan", parked: Parked) -> None:
+    def __init__(self, plan: "_Plan", parked: Parked, before: Before) -> None:
         self.changes: dict[str, RowChange] = {}
         self.parked: list[ParkedEvent] = []
         self._plan = plan
+        self._before = before
         self._parked = Parked(set(parked.rows), set(parked.subjects))
         self._handlers: dict[str, dict[str, _Handlers]] = {}
 
@@ -119,7 +149,7 @@ class Batch:
         """Fold `events` of the stream `incarnation`; those of one partition in order of position."""
         handlers = self._handlers.get(incarnation)
         if handlers is None:
-            handlers = self._plan.bind(self.changes, self._parked, incarnation)
+            handlers = self._plan.bind(self.changes, self._parked, incarnation, self._row)
             self._handlers[incarnation] = handlers
         for event in events:
             handler = handlers.get(event.type)
@@ -130,15 +160,26 @@ class Batch:
             except cel.FAILURES:
                 self._explain(incarnation, event, handler[1])
 
+    def _row(self, key: str) -> Mapping[str, Value]:
+        """Return the columns that are read, as they stand now."""
+        defaults = self._plan.defaults
+        change = self.changes.get(key)
+        if change is None:
+            return {**defaults, **self._before.get(key, {})}
+        if change.deleted_first:
+            return {**defaults, **change.set}
+        return {**defaults, **self._before.get(key, {}), **change.set}
+
     def _explain(self, incarnation: str, event: Event, apply: Callable[..., None]) -> None:
         """Fold an event whose fast function failed: apply it after all, or park it with the reason."""
         plan = self._plan.types[event.type]
         failure: str | None = None
-        data = metadata = None
+        data = metadata = row = None
         conditions: list[bool] = []
         try:
             data, metadata = plan.decode(event)
-            conditions = [rule.condition(event, data, metadata) for rule in plan.rules]
+            row = self._row(event.subject) if plan.uses_row else None
+            conditions = [rule.condition(event, data, metadata, row) for rule in plan.rules]
             if not any(conditions):
                 return
         except cel.FAILURES as error:
@@ -159,18 +200,23 @@ class Batch:
         if failure is None:
             try:
                 for rule, applies in zip(plan.rules, conditions, strict=True):
-                    values += rule.values(event, data, metadata) if applies else rule.nothing
+                    values += rule.values(event, data, metadata, row) if applies else rule.nothing
             except cel.FAILURES as error:
                 failure = _reason(error)
         for key in keys:
-            row = (incarnation, event.partition, key)
-            if row in self._parked.rows:
+            place = (incarnation, event.partition, key)
+            if place in self._parked.rows:
                 self._park(incarnation, event, key, failure or "follows an event of its row that is parked")
-            elif failure is not None:
-                self._parked.rows.add(row)
-                self._park(incarnation, event, key, failure)
-            else:
-                apply(event, key, *conditions, *values)
+                continue
+            reason = failure
+            if reason is None:
+                try:
+                    apply(event, key, *conditions, *values)
+                    continue
+                except cel.EvaluationError as error:  # only where columns are read, and then without any effect
+                    reason = str(error)
+            self._parked.rows.add(place)
+            self._park(incarnation, event, key, reason)
 
     def _park(self, incarnation: str, event: Event, key: str | None, error: str) -> None:
         self.parked.append(ParkedEvent(incarnation, event, key, error))
@@ -223,17 +269,22 @@ class _Effect:
     convert: Callable[[object], Value]
 
 
+_RowFields = Mapping[str, tuple[str, cel.Kind]]
+
+
 class _RulePlan:
     """A rule with its expressions checked."""
 
-    def __init__(self, position: int, rule: FoldRule, types: Mapping[str, str]) -> None:
+    def __init__(self, position: int, rule: FoldRule, columns: Mapping[str, Column], row: _RowFields) -> None:
         path = f"fold[{position}]"
         self.delete = rule.delete
-        self.when = None if rule.when is None else cel.check(rule.when, prefix=f"w{position}_")
+        self.when = None if rule.when is None else cel.check(rule.when, prefix=f"w{position}_", row=row)
         self.effects: list[_Effect] = []
         for operation, column, source in rule.assignments():
-            convert = CONVERSIONS[types[column]].functions[operation]
-            expression = cel.check(source, prefix=f"e{position}_{len(self.effects)}_")
+            convert = CONVERSIONS[columns[column].type].functions[operation]
+            expression = cel.check(source, prefix=f"e{position}_{len(self.effects)}_", row=row)
+            if operation == "set" and not columns[column].nullable:
+                convert = not_null(convert)
             self.effects.append(_Effect(f"{path}.{operation}.{column}", operation, column, expression, convert))
         self.nothing: list[Value] = [None] * len(self.effects)
         self._when = None if self.when is None else cel.python_function(self.when, self.when.exact)
@@ -245,24 +296,24 @@ class _RulePlan:
         own = [effect.expression for effect in self.effects]
         return own if self.when is None else [self.when, *own]
 
-    def condition(self, event: Event, data: object, metadata: object) -> bool:
+    def condition(self, event: Event, data: object, metadata: object, row: object) -> bool:
         """Return whether the rule applies, with an error that names it."""
         if self._when is None:
             return True
         try:
-            result = self._when(event, data, metadata)
+            result = self._when(event, data, metadata, row)
             if result is True or result is False:
                 return result
         except cel.FAILURES as error:
             raise cel.EvaluationError(f"{self._path}.when: {_reason(error)}") from error
         raise cel.EvaluationError(f"{self._path}.when: expected true or false, not {cel.describe(result)}")
 
-    def values(self, event: Event, data: object, metadata: object) -> list[Value]:
+    def values(self, event: Event, data: object, metadata: object, row: object) -> list[Value]:
         """Return the columns' values in order, with an error that names the column."""
         found: list[Value] = []
         for effect, exact in zip(self.effects, self._exact, strict=True):
             try:
-                found.append(effect.convert(exact(event, data, metadata)))
+                found.append(effect.convert(exact(event, data, metadata, row)))
             except cel.FAILURES as error:
                 raise cel.EvaluationError(f"{effect.path}: {_reason(error)}") from error
         return found
@@ -276,6 +327,7 @@ class _TypePlan:
         expressions = [key, *(expression for rule in rules for expression in rule.expressions)]
         self.uses_data = any(expression.uses_data for expression in expressions)
         self.uses_metadata = any(expression.uses_metadata for expression in expressions)
+        self.uses_row = any(expression.row_columns for expression in expressions)
 
     def decode(self, event: Event) -> tuple[object, object]:
         """Return the event's data and metadata as far as they are needed."""
@@ -294,15 +346,17 @@ decode = msgspec.json.Decoder(float_hook=Decimal).decode
 class _Plan:
     """All that is known before an event comes, and the Python that is generated from it."""
 
-    def __init__(self, definition: Definition, *, single: bool) -> None:
+    def __init__(self, definition: Definition, *, single: bool, reads: Sequence[str]) -> None:
         self.single = single
+        self.columns = {column.name: column for column in definition.columns}
+        self.defaults: dict[str, Value] = {name: default_of(self.columns[name]) for name in reads}
         key = cel.check(definition.key, prefix="k")
         self.key = key
         self._exact_key = cel.python_function(key, key.exact)
-        types = {column.name: column.type.value for column in definition.columns}
+        row = row_fields(definition)
         rules: dict[str, list[_RulePlan]] = {}
         for position, rule in enumerate(definition.fold):
-            rules.setdefault(rule.type, []).append(_RulePlan(position, rule, types))
+            rules.setdefault(rule.type, []).append(_RulePlan(position, rule, self.columns, row))
         self.types = {name: _TypePlan(found, key) for name, found in rules.items()}
         self._bind = self._generate()
 
@@ -310,9 +364,11 @@ class _Plan:
         """Return the keys of the rows that the event goes to."""
         return to_keys(self._exact_key(event, data, metadata))
 
-    def bind(self, changes: dict[str, RowChange], parked: Parked, incarnation: str) -> dict[str, _Handlers]:
+    def bind(
+        self, changes: dict[str, RowChange], parked: Parked, incarnation: str, row: Callable[[str], Mapping[str, Value]]
+    ) -> dict[str, _Handlers]:
         """Return the generated functions by event type, bound to a batch."""
-        functions = self._bind(changes, parked.rows, parked.subjects, incarnation)
+        functions = self._bind(changes, parked.rows, parked.subjects, incarnation, row)
         return dict(zip(self.types, functions, strict=True))
 
     def _generate(self) -> Callable[..., list[_Handlers]]:
@@ -323,12 +379,16 @@ class _Plan:
             "_to_key": to_key,
             "_to_keys": to_keys,
             **{f"_join_{operation}": join for operation, join in JOINS.items()},
+            "_join_append": appended,
+            "_join_integer": integer_total,
+            "_refused": _refused,
             "_row": RowChange,
             "_stamp": Stamp,
             "_parked_error": _ParkedError,
+            "defaults": self.defaults,
         }
         source = _Source()
-        source.line("def bind(rows, parked_rows, parked_subjects, incarnation):")
+        source.line("def bind(rows, parked_rows, parked_subjects, incarnation, row_before):")
         with source:
             for number, plan in enumerate(self.types.values()):
                 for rule in plan.rules:
@@ -353,6 +413,8 @@ class _Plan:
                 source.line("data = _decode(event.data)")
             if plan.uses_metadata:
                 source.line("metadata = {} if event.metadata is None else _decode(event.metadata)")
+            if plan.uses_row:
+                source.line("row = row_before(event.subject)")
             for rule, condition in zip(plan.rules, conditions, strict=True):
                 source.line(f"{condition} = {'True' if rule.when is None else f'_boolean({rule.when.fast})'}")
             if all(rule.when is not None for rule in plan.rules):
@@ -384,42 +446,74 @@ class _Plan:
         conditions, values = _locals(plan)
         source.line(f"def apply{number}({', '.join(['event', 'key', *conditions, *values])}):")
         with source:
-            source.line("row = rows.get(key)")
-            source.line("if row is None: row = rows[key] = _row(key)")
-            source.line("new, merged = row.set, row.merge")
+            source.line("change = rows.get(key)")
+            if self.defaults:
+                # What joins a column that is read may be refused, so the change stays as it is until all is done.
+                source.line("known = row_before(key)")
+                source.line("if change is None: change = _row(key)")
+                source.line("new, merged = dict(change.set), dict(change.merge)")
+                source.line("deleted, exists = change.deleted_first, change.exists_after")
+            else:
+                source.line("if change is None: change = rows[key] = _row(key)")
+                source.line("new, merged = change.set, change.merge")
             if not self.single:
                 source.line("stamp = _stamp(event.time, incarnation, event.partition, event.position)")
-                source.line("stamps = row.stamps")
+                source.line("stamps = change.stamps")
             names = iter(values)
             for rule, condition in zip(plan.rules, conditions, strict=True):
                 source.line(f"if {condition}:")
                 with source:
                     self._write_rule(source, rule, names)
+            if self.defaults:
+                source.line("change.set, change.merge = new, merged")
+                source.line("change.deleted_first, change.exists_after = deleted, exists")
+                source.line("rows[key] = change")
 
     def _write_rule(self, source: "_Source", rule: _RulePlan, names: Iterable[str]) -> None:
+        deleted, exists = ("deleted", "exists") if self.defaults else ("change.deleted_first", "change.exists_after")
         if rule.delete:
-            source.line("row.deleted_first, row.exists_after = True, False")
+            source.line(f"{deleted}, {exists} = True, False")
             source.line("new.clear(); merged.clear()")
+            if self.defaults:
+                source.line("known = {}")
             return
         if self.single:
-            source.line("row.exists_after = True")
-            if any(effect.operation != "set" for effect in rule.effects):
-                source.line("fresh = row.deleted_first")
+            source.line(f"{exists} = True")
         for effect, value in zip(rule.effects, names, strict=False):
-            column, join = repr(effect.column), f"_join_{effect.operation}"
-            if effect.operation != "set":
-                if self.single:
-                    source.line(f"if fresh or {column} in new: new[{column}] = {join}(new.get({column}), {value})")
-                    source.line(f"elif {column} in merged: merged[{column}] = {join}(merged[{column}], {value})")
-                else:
-                    source.line(f"if {column} in merged: merged[{column}] = {join}(merged[{column}], {value})")
-                source.line(f"else: merged[{column}] = {value}")
-            elif self.single:
-                source.line(f"new[{column}] = {value}")
-                source.line(f"if merged: merged.pop({column}, None)")
+            if effect.column in self.defaults and effect.operation != "set":
+                self._write_known(source, effect, value)
             else:
-                source.line(f"if {column} not in stamps or stamp >= stamps[{column}]:")
-                source.line(f"    new[{column}] = {value}; stamps[{column}] = stamp")
+                self._write_effect(source, effect, value, deleted)
+
+    def _write_known(self, source: "_Source", effect: _Effect, value: str) -> None:
+        """Write what becomes of a column whose value before is known."""
+        column = repr(effect.column)
+        integer = effect.operation == "add" and self.columns[effect.column].type == ColumnType.INTEGER
+        join = f"_join_{'integer' if integer else effect.operation}"
+        before = f"new[{column}] if {column} in new else known.get({column}, defaults[{column}])"
+        source.line(f"try: new[{column}] = {join}({before}, {value})")
+        source.line(f"except ValueError as error: _refused({effect.path!r}, error)")
+
+    def _write_effect(self, source: "_Source", effect: _Effect, value: str, deleted: str) -> None:
+        """Write what becomes of a column whose value before stands in the read store."""
+        column, join = repr(effect.column), f"_join_{effect.operation}"
+        if effect.operation != "set":
+            if self.single:
+                source.line(f"if {deleted} or {column} in new: new[{column}] = {join}(new.get({column}), {value})")
+                source.line(f"elif {column} in merged: merged[{column}] = {join}(merged[{column}], {value})")
+            else:
+                source.line(f"if {column} in merged: merged[{column}] = {join}(merged[{column}], {value})")
+            source.line(f"else: merged[{column}] = {value}")
+        elif self.single:
+            source.line(f"new[{column}] = {value}")
+            source.line(f"if merged: merged.pop({column}, None)")
+        else:
+            source.line(f"if {column} not in stamps or stamp >= stamps[{column}]:")
+            source.line(f"    new[{column}] = {value}; stamps[{column}] = stamp")
+
+
+def _refused(path: str, error: ValueError) -> NoReturn:
+    raise cel.EvaluationError(f"{path}: {error}") from error
 
 
 def _locals(plan: _TypePlan) -> tuple[list[str], list[str]]:

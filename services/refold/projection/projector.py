@@ -455,7 +455,9 @@ class Projector:
             return
         began = time.monotonic()
         self._beat = began
-        batch = self._fold.batch(self._parked)
+        reads = self._fold.reads
+        before = self._rows.read({event.subject for one in slices for event in one.events}, reads) if reads else None
+        batch = self._fold.batch(self._parked, before)
         for one in slices:
             batch.fold(one.partition.stream.incarnation, one.events)
         over = parking.stops(batch.parked, self._parked_counts, self._settings.parked_limit)

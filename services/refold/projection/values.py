@@ -5,10 +5,11 @@ null is NULL in every column. Every function raises EvaluationError.
 """
 
 import datetime as dt
+import functools
 import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, cast
 
 import msgspec
 
@@ -23,6 +24,9 @@ _INTEGER_MIN, _INTEGER_MAX = -(2**63), 2**63 - 1
 #: The longest key of a row, in bytes of UTF-8, and the most rows that one event may key.
 MAX_KEY_BYTES = 512
 MAX_KEYS = 1_000
+#: The longest array that `append` makes, in items, and the longest item, in bytes of JSON.
+MAX_ARRAY = 1_000
+MAX_ITEM_BYTES = 4_096
 # A backslash that is itself escaped comes in pairs, so an odd one begins the escape.
 _NUL_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
@@ -135,6 +139,48 @@ def to_moment_bound(value: object) -> dt.datetime:
     return _no_order() if moment is None else moment
 
 
+def to_item(value: object) -> str:
+    """Return what is appended to an array, as JSON text of at most 4,096 bytes; null is an item like any other."""
+    text = to_json(value)
+    if text is None:
+        return "null"
+    if len(text) > MAX_ITEM_BYTES or len(text.encode()) > MAX_ITEM_BYTES:
+        raise EvaluationError(f"what is appended has at most {MAX_ITEM_BYTES} bytes of JSON, not {len(text.encode())}")
+    return text
+
+
+def appended(array: str | None, item: str) -> str:
+    """Return the JSON text of an array (null counts as an empty one) with one item more, of at most 1,000."""
+    if array is None:
+        return f"[{item}]"
+    try:
+        items = _decode_items(array)
+    except msgspec.MsgspecError:
+        raise EvaluationError("the column holds something else than an array, to which nothing is appended") from None
+    if len(items) >= MAX_ARRAY:
+        raise EvaluationError(f"the array holds {len(items)} items, and at most {MAX_ARRAY} are kept")
+    return f"{array[:-1]},{item}]" if items else f"[{item}]"
+
+
+def integer_total(one: int | None, other: int) -> int:
+    """Return the sum of two values of an integer column; null counts as 0."""
+    return cast("int", to_integer((one or 0) + other))
+
+
+@functools.cache
+def not_null(convert: Callable[[object], Value]) -> Callable[[object], Value]:
+    """Return a function like `convert` for a column that can't be null."""
+
+    def required(value: object) -> Value:
+        found = convert(value)
+        if found is None:
+            raise EvaluationError("the column takes no null (nullable: false): guard it, like has(data.x) ? data.x : 0")
+        return found
+
+    required.__name__ = f"{convert.__name__}_not_null"
+    return required
+
+
 def _no_order() -> NoReturn:
     raise EvaluationError("null is neither less nor greater: guard it, like when: has(data.x)")
 
@@ -170,6 +216,7 @@ def _plain(value: object) -> object:
     return to_string(value) if type(value) is dt.datetime or type(value) is dt.timedelta else value
 
 
+_decode_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _encoder = msgspec.json.Encoder(decimal_format="number")
 
 
@@ -195,5 +242,5 @@ CONVERSIONS = {
     "timestamp": Conversion(
         Kind.TIMESTAMP | Kind.STRING | Kind.NULL, {"set": to_moment, "min": to_moment_bound, "max": to_moment_bound}
     ),
-    "json": Conversion(Kind.ANY, {"set": to_json}),
+    "json": Conversion(Kind.ANY, {"set": to_json, "append": to_item}),
 }

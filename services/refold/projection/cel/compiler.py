@@ -133,7 +133,9 @@ class Expression:
     """A checked expression.
 
     `kind` is what its value can be, `fast` and `exact` are Python expressions over `event` (an Event), `data` and
-    `metadata` (decoded JSON) and over the names in `constants` and `HELPERS`.
+    `metadata` (decoded JSON), `row` (see `check`) and over the names in `constants` and `HELPERS`. `row_columns` are
+    the columns of the row that it looks at, and `row_at` is the place of the first (1-based line and column). `items`
+    are the kinds and places of a list literal's items, empty where it is something else.
     """
 
     source: str
@@ -144,6 +146,10 @@ class Expression:
     constants: Mapping[str, object]
     uses_data: bool
     uses_metadata: bool
+    constant: bool
+    row_columns: frozenset[str]
+    row_at: tuple[int, int] | None
+    items: tuple[tuple[Kind, tuple[int, int]], ...]
 
 
 class _Code(NamedTuple):
@@ -151,19 +157,22 @@ class _Code(NamedTuple):
     kind: Kind
 
 
-def check(source: str, *, prefix: str = "c") -> Expression:
+def check(source: str, *, prefix: str = "c", row: Mapping[str, tuple[str, Kind]] | None = None) -> Expression:
     """Return the checked expression of a source text.
 
     Args:
         source: the CEL text.
         prefix: the beginning of the names of its constants, so that several expressions can share a namespace.
+        row: the row's columns, each with the Python over `row` that reads it, and its kinds; None where there is no
+            row to look at.
 
     Raises:
         CelError: the text isn't an expression, names what doesn't exist, or can never have a value.
     """
     node = parse(source)
-    fast, exact = _Emitter(prefix, exact=False), _Emitter(prefix, exact=True)
+    fast, exact = _Emitter(prefix, row, exact=False), _Emitter(prefix, row, exact=True)
     code = fast.emit(node)
+    items = node.items if isinstance(node, ListLiteral) else ()
     return Expression(
         source=source,
         node=node,
@@ -173,6 +182,10 @@ def check(source: str, *, prefix: str = "c") -> Expression:
         constants=fast.constants,
         uses_data="data" in fast.used,
         uses_metadata="metadata" in fast.used,
+        constant=not fast.used and fast.row_at is None,
+        row_columns=frozenset(fast.row_columns),
+        row_at=fast.row_at,
+        items=tuple((_Emitter(prefix, row, exact=False).emit(item).kind, item.at) for item in items),
     )
 
 
@@ -194,19 +207,22 @@ def function(source: str) -> Callable[[object, object, object], object]:
     return evaluate
 
 
-def python_function(expression: Expression, python: str) -> Callable[[object, object, object], object]:
-    """Return one form of `expression` as a function of (event, data, metadata)."""
+def python_function(expression: Expression, python: str) -> Callable[..., object]:
+    """Return one form of `expression` as a function of (event, data, metadata), and the row where it has one."""
     namespace = {**HELPERS, **expression.constants}
     # The source holds nothing of the user's but names and literals that the parser has read and the emitter written.
-    return eval(f"lambda event, data, metadata: {python}", namespace)  # type: ignore[no-any-return]  # noqa: S307
+    return eval(f"lambda event, data, metadata, row=None: {python}", namespace)  # type: ignore[no-any-return]  # noqa: S307
 
 
 class _Emitter:
     """Emits one form of an expression, children first; raises CelError where the kinds can't fit."""
 
-    def __init__(self, prefix: str, *, exact: bool) -> None:
+    def __init__(self, prefix: str, row: Mapping[str, tuple[str, Kind]] | None, *, exact: bool) -> None:
         self.prefix = prefix
+        self.row = row
         self.exact = exact
+        self.row_columns: set[str] = set()
+        self.row_at: tuple[int, int] | None = None
         self.constants: dict[str, object] = {}
         self.used: set[str] = set()
         self.scope: list[str] = []
@@ -259,6 +275,10 @@ class _Emitter:
             return _Code(_local(node.name), Kind.ANY)
         if node.name == "event":
             _fail(node, "event is no value of its own: select one of its fields, " + _listed(EVENT_FIELDS))
+        if node.name == "row":
+            if self.row is None:
+                _fail(node, "there is no row here: only conditions and values of the fold can look at the row before")
+            _fail(node, f"row is no value of its own: select one of its columns, {_listed(self.row)}")
         if node.name not in _VARIABLES:
             known = sorted({*_VARIABLES, "event", *self.scope})
             _fail(node, f"unknown name {node.name!r}: there are {_listed(known)}; a text stands in quotes")
@@ -276,8 +296,18 @@ class _Emitter:
         self.used.add(python)
         return _Code(python, kind)
 
+    def row_column(self, node: Select) -> _Code | None:
+        """Return the code of `row.column`, or None where the node is something else."""
+        if not isinstance(node.operand, Name) or node.operand.name != "row" or "row" in self.scope or self.row is None:
+            return None
+        if node.field not in self.row:
+            _fail(node, f"row has no column {node.field!r}: it has {_listed(self.row)}")
+        self.row_columns.add(node.field)
+        self.row_at = self.row_at or node.operand.at
+        return _Code(*self.row[node.field])
+
     def select(self, node: Select) -> _Code:
-        if code := self.event_field(node):
+        if code := self.event_field(node) or self.row_column(node):
             return code
         operand = self.emit(node.operand)
         self.need(node.operand, operand, Kind.MAP, "has no fields")
@@ -329,6 +359,8 @@ class _Emitter:
         field = node.arguments[0]
         if self.event_field(field):
             return _Code("True", Kind.BOOL)
+        if column := self.row_column(field):
+            return _Code(f"({column.python} is not None)", Kind.BOOL)
         operand = self.emit(field.operand)
         self.need(field.operand, operand, Kind.MAP, "has no fields")
         return _Code(self.helper("has", node, operand.python, repr(field.field)), Kind.BOOL)

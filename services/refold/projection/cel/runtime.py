@@ -22,6 +22,8 @@ from decimal import (
 from functools import partial, reduce
 from typing import NoReturn
 
+import msgspec
+
 from refold.projection.cel.errors import EvaluationError
 from refold.projection.cel.kinds import describe
 
@@ -43,6 +45,7 @@ MAX_ITEMS = 100_000
 #: The longest list or map that a macro runs over.
 MAX_RANGE = 1_000
 
+_decode = msgspec.json.Decoder(float_hook=Decimal).decode
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _TIMESTAMP = re.compile(r"\d{4}-\d{2}-\d{2}[Tt]\d{2}:\d{2}:\d{2}(\.\d{1,9})?([Zz]|[+-]\d{2}:[0-5]\d)", re.ASCII)
 _DURATION = re.compile(r"([+-]?)((?:\d{1,15}(?:\.\d{1,9})?(?:h|ms|us|µs|ns|m|s))+|0)", re.ASCII)
@@ -297,6 +300,19 @@ def string_key(value: object, at: At = None) -> str:
     if type(value) is str:
         return value
     raise EvaluationError(f"a map's key is a string, not {describe(value)}", at)
+
+
+def parsed(text: str | None) -> object:
+    """Return the value of a JSON text, of None null; maps in the order of their keys, whoever wrote the text."""
+    return None if text is None else _ordered(_decode(text))
+
+
+def _ordered(value: object) -> object:
+    if type(value) is list:
+        return [_ordered(item) for item in value]
+    if type(value) is dict:
+        return {key: _ordered(value[key]) for key in sorted(value)}
+    return value
 
 
 # Logic and macros. Those named `absorbing_` follow CEL's rule that a decided result absorbs the other operands' errors;

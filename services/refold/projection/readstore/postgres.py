@@ -9,6 +9,7 @@ stands in `refold_read.projections`, so that nothing that someone else made is e
 """
 
 import re
+from decimal import Decimal
 from typing import Any
 
 from psycopg import AsyncConnection, sql
@@ -16,7 +17,14 @@ from psycopg.rows import dict_row
 
 from refold import names
 from refold.eventstore import roles
-from refold.projection.definition import Column, ColumnType, Definition, VersionDefinition, single_partition
+from refold.projection.definition import (
+    Column,
+    ColumnType,
+    Definition,
+    VersionDefinition,
+    default_of,
+    single_partition,
+)
 from refold.projection.readstore import (
     ConflictError,
     NotFoundError,
@@ -105,6 +113,14 @@ def rows_table(version: str) -> str:
     if not _VERSION.fullmatch(version):
         raise ValueError(f"not the name of a projection's version: {version!r}")
     return f"rows_{version}"
+
+
+def default_literal(column: Column) -> sql.Composed:
+    """Return the column's default as SQL."""
+    value = default_of(column)
+    # A number stands in quotes, since -9223372036854775808 without them is no bigint to PostgreSQL.
+    literal = sql.Literal(str(value) if isinstance(value, int | Decimal) else value)
+    return sql.SQL("({}::{})").format(literal, sql.SQL(TYPES[column.type]))
 
 
 def stamp_column(column: str) -> str:
@@ -419,7 +435,12 @@ async def _insert_version(conn: AsyncConnection[Any], schema: str, version: str,
 def _create_rows(schema: str, table: str, definition: Definition) -> sql.Composed:
     columns: list[sql.Composable] = [sql.SQL('key text collate "C" primary key')]
     columns += [
-        sql.SQL("{} {}").format(sql.Identifier(column.name), sql.SQL(TYPES[column.type]))
+        sql.SQL("{} {} default {}{}").format(
+            sql.Identifier(column.name),
+            sql.SQL(TYPES[column.type]),
+            default_literal(column),
+            sql.SQL("" if column.nullable else " not null"),
+        )
         for column in definition.columns
     ]
     columns += [

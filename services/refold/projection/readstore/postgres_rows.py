@@ -15,12 +15,16 @@ How a batch is written (`PostgresRows.apply`):
 
 The rows of one partition are only ever written by who holds the lock on its position, so that rows fed by one partition
 need no rule about concurrent writers.
+
+A fold that has to know what stands in its rows (`read`) reads them before all this and without a lock, so that nobody
+waits while events are folded. Once the positions are locked, the rows are looked at again: where one of them was
+written in the meantime, nothing happens (`MovedError`), as where a position moved.
 """
 
 import datetime as dt
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, LiteralString, Never, cast
 
 import msgspec
@@ -29,10 +33,10 @@ from psycopg import sql
 from psycopg.rows import class_row
 
 from refold import names
-from refold.projection.definition import ColumnType, VersionDefinition, merges, single_partition
+from refold.projection.definition import ColumnType, VersionDefinition, default_of, merges, single_partition
 from refold.projection.fold import Parked, ParkedEvent, RowChange, Stamp
 from refold.projection.readstore import MovedError, NotFoundError, RefusedError, UnavailableError
-from refold.projection.readstore.postgres import TYPES, rows_table, stamp_column, stamped
+from refold.projection.readstore.postgres import TYPES, default_literal, rows_table, stamp_column, stamped
 from refold.projection.values import Value
 
 #: Server-side limits of a projector's session. A frozen process (SIGSTOP, a paused VM) lets go of its locks within the
@@ -108,6 +112,8 @@ class PostgresRows:
         self._table = sql.Identifier(names.read_schema(namespace, name), rows_table(version))
         self._conn: psycopg.Connection[Any] | None = None
         self._writer: _Writer | None = None
+        #: What the next batch was folded from: the ids of the transactions that wrote the rows which were read.
+        self._read: tuple[list[str], dict[str, str]] | None = None
 
     def close(self) -> None:
         """Close the connection."""
@@ -178,21 +184,39 @@ class PostgresRows:
             self._raise(error)
         return parked, counts
 
+    def read(self, keys: Iterable[str], columns: Sequence[str]) -> dict[str, dict[str, Value]]:
+        """Return what stands in the rows, by key and column; a row that doesn't exist is left out.
+
+        The next `apply` writes only where nobody else has written these rows until then.
+        """
+        wanted = sorted(keys)
+        texts = sql.SQL(", ").join(self._writer_or_fail().read_as(name) for name in columns)
+        try:
+            cursor = self._connection().execute(
+                sql.SQL("select key, xmin::text, {} from {} where key = any(%s)").format(texts, self._table), [wanted]
+            )
+            found = cursor.fetchall()
+        except psycopg.Error as error:
+            self._raise(error)
+        self._read = (wanted, {row[0]: row[1] for row in found})
+        return {row[0]: dict(zip(columns, row[2:], strict=True)) for row in found}
+
     def apply(self, changes: Iterable[RowChange], parked: Sequence[ParkedEvent], advances: Sequence[Advance]) -> None:
         """Write a batch: all of it in one transaction, or nothing.
 
         Raises:
-            MovedError: a partition isn't at its `before`: another projector has written in the meantime.
+            MovedError: a partition isn't at its `before`, or a row that was read has changed: another projector has
+                written in the meantime.
             RefusedError: a row can't be stored (out of range, too large); smaller batches tell which event is to blame.
         """
-        assert self._writer is not None, "open() comes first"
+        read, self._read = self._read, None
         try:
-            staged, statement = self._writer.stage(changes)
+            staged, statement = self._writer_or_fail().stage(changes)
         except UnicodeEncodeError as error:
             raise RefusedError(f"a text isn't valid Unicode: {error.reason}") from error
         for attempt in range(_TRANSIENT_TRIES):
             try:
-                self._transaction(staged, statement, parked, advances)
+                self._transaction(read, staged, statement, parked, advances)
                 return
             except psycopg.Error as error:
                 if error.sqlstate in _TRANSIENT and attempt < _TRANSIENT_TRIES - 1 and self._alive():
@@ -232,6 +256,7 @@ class PostgresRows:
 
     def _transaction(
         self,
+        read: tuple[list[str], dict[str, str]] | None,
         staged: bytes,
         statement: sql.Composed | None,
         parked: Sequence[ParkedEvent],
@@ -244,6 +269,8 @@ class PostgresRows:
                 with cursor.copy("copy pg_temp.stage from stdin") as copy:
                     copy.write(staged)
             self._lock(cursor, ordered)
+            if read is not None:
+                self._compare(cursor, *read)
             if statement is not None:
                 cursor.execute(statement, prepare=False)  # several statements in one can't be prepared
             if parked:
@@ -287,6 +314,16 @@ class PostgresRows:
         if found != expected:
             raise MovedError(f"the read store stands at {found}, this projector at {expected}")
 
+    def _compare(self, cursor: psycopg.Cursor[Any], keys: Sequence[str], known: dict[str, str]) -> None:
+        """Raise MovedError where the rows aren't those that were read."""
+        cursor.execute(sql.SQL("select key, xmin::text from {} where key = any(%s)").format(self._table), [list(keys)])
+        if dict(cursor.fetchall()) != known:
+            raise MovedError("rows that the batch was folded from have been written by another projector")
+
+    def _writer_or_fail(self) -> "_Writer":
+        assert self._writer is not None, "open() comes first"
+        return self._writer
+
     def _connection(self) -> psycopg.Connection[Any]:
         if self._conn is not None and not self._conn.closed:
             return self._conn
@@ -328,16 +365,23 @@ class _Writer:
         self._single = single_partition(fold)
         self._table = table
         self._columns = [column.name for column in fold.columns]
+        self._defaults = {column.name: default_of(column) for column in fold.columns}
+        self._literals = {column.name: default_literal(column) for column in fold.columns}
         self._stamped = stamped(fold)
+        self._json = {column.name for column in fold.columns if column.type == ColumnType.JSON}
         self._text = {column.name: _TEXT[column.type] for column in fold.columns}
         types = {column.name: TYPES[column.type] for column in fold.columns}
-        self._joins = {column: sql.SQL(_JOINS[operation]) for column, operation in merges(fold).items()}
+        self._merges = merges(fold)
         definitions = [sql.SQL("{} {}").format(sql.Identifier(name), sql.SQL(types[name])) for name in self._columns]
         stamps = [sql.SQL('{} text collate "C"').format(sql.Identifier(stamp_column(name))) for name in self._stamped]
         self.create_stage = sql.SQL(
             'create temporary table if not exists stage ("~shape" integer, key text collate "C"{}) '
             "on commit delete rows"
         ).format(sql.SQL("").join(sql.SQL(", ") + part for part in [*definitions, *stamps]))
+
+    def read_as(self, name: str) -> sql.Composed:
+        """Return the column as a fold takes it: json as its text."""
+        return sql.SQL("{}::text" if name in self._json else "{}").format(sql.Identifier(name))
 
     def stage(self, changes: Iterable[RowChange]) -> tuple[bytes, sql.Composed | None]:
         """Return the stage's content and the statement (None where nothing changes)."""
@@ -373,18 +417,23 @@ class _Writer:
             return sql.SQL('delete from {} r using pg_temp.stage s where s."~shape" = {} and r.key = s.key').format(
                 self._table, sql.Literal(number)
             )
-        columns = self._columns if deleted_first else [name for name in self._columns if name in set_ or name in merge]
+        columns = [name for name in self._columns if name in set_ or name in merge]
         updates = [
             self._joined(name) if name in merge else sql.SQL("{0} = excluded.{0}").format(sql.Identifier(name))
             for name in columns
         ]
-        return self._insert(number, columns, updates)
+        if deleted_first:
+            anew = [name for name in self._columns if name not in set_]
+            updates += [sql.SQL("{} = default").format(sql.Identifier(name)) for name in anew]
+        return self._insert(number, {name: sql.Identifier(name) for name in columns}, updates)
 
     def _merge(self) -> sql.Composed:
         """Return what brings changes into rows that other transactions write too, in the order of their keys."""
         updates: list[sql.Composed] = []
+        values: dict[str, sql.Composable] = {}
+        begun = False
         for name in self._columns:
-            column, stamp = sql.Identifier(name), sql.Identifier(stamp_column(name))
+            column, stamp, default = sql.Identifier(name), sql.Identifier(stamp_column(name)), self._literals[name]
             if name in self._stamped:
                 updates.append(
                     sql.SQL(
@@ -392,22 +441,46 @@ class _Writer:
                         "{1} = greatest(r.{1}, excluded.{1})"
                     ).format(column, stamp)
                 )
-            elif name in self._joins:
+                values[name] = sql.SQL("case when {} is null then {} else {} end").format(stamp, default, column)
+                values[stamp_column(name)] = stamp
+            elif name in self._merges:
                 updates.append(self._joined(name))
-        columns = [*self._columns, *(stamp_column(name) for name in self._stamped)]
-        return self._insert(0, columns, updates)
+                values[name] = column
+                if self._defaults[name] is None:
+                    continue
+                if self._merges[name] == "add":
+                    values[name] = sql.SQL("coalesce({}, 0)").format(column)
+                    begun = begun or self._defaults[name] != 0
+                else:
+                    # Nothing else changes the column, so that a row which exists is beyond its default already.
+                    join = "least" if self._merges[name] == "min" else "greatest"
+                    values[name] = sql.SQL("{}({}, {})").format(sql.SQL(join), column, default)
+        statement = self._insert(0, values, updates)
+        if begun:
+            # What is added to a default that isn't 0 needs it to stand there.
+            rows = sql.SQL("insert into {} (key) select key from pg_temp.stage order by key on conflict do nothing; ")
+            statement = rows.format(self._table) + statement
+        return statement
 
     def _joined(self, name: str) -> sql.Composed:
-        return sql.SQL("{0} = ").format(sql.Identifier(name)) + self._joins[name].format(sql.Identifier(name))
+        column = sql.Identifier(name)
+        return sql.SQL("{} = ").format(column) + sql.SQL(_JOINS[self._merges[name]]).format(column)
 
-    def _insert(self, number: int, columns: Sequence[str], updates: Sequence[sql.Composed]) -> sql.Composed:
-        names_ = sql.SQL(", ").join(sql.Identifier(name) for name in ["key", *columns])
+    def _insert(
+        self, number: int, values: Mapping[str, sql.Composable], updates: Sequence[sql.Composed]
+    ) -> sql.Composed:
         action = sql.SQL("update set {}").format(sql.SQL(", ").join(updates)) if updates else sql.SQL("nothing")
         return sql.SQL(
             "insert into {table} as r ({names}) "
-            'select {names} from pg_temp.stage where "~shape" = {number} order by key '
+            'select {values} from pg_temp.stage where "~shape" = {number} order by key '
             "on conflict (key) do {action}"
-        ).format(table=self._table, names=names_, number=sql.Literal(number), action=action)
+        ).format(
+            table=self._table,
+            names=sql.SQL(", ").join(sql.Identifier(name) for name in ["key", *values]),
+            values=sql.SQL(", ").join([sql.Identifier("key"), *values.values()]),
+            number=sql.Literal(number),
+            action=action,
+        )
 
 
 def _escaped(value: Value) -> str:
