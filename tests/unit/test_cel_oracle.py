@@ -1,15 +1,21 @@
 """Random expressions, held against cel-python, against fractions, and the fast form against the exact one."""
 
+import datetime as dt
 import re
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
 import celpy
+import msgspec
 from celpy.adapter import json_to_cel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refold.events import Event
 from refold.projection import cel
+from refold.projection.definition import InvalidDefinitionError, parse
+from refold.projection.fold import compile_fold
+from refold.projection.values import to_json
 
 DATA: dict[str, Any] = {
     "i": 3,
@@ -159,6 +165,33 @@ def test_the_fast_form_gives_what_the_exact_form_gives_or_fails(source: str) -> 
     except cel.FAILURES:
         return
     assert fast == cel.python_function(expression, expression.exact)(None, DATA, {})
+
+
+SOURCES = grammar(["0", "2", "2.0", "0.1"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    SOURCES, SOURCES, st.sampled_from([None, "data.yes", "data.m.i == 5", "data.m.s == 'other'", "!has(data.m.gone)"])
+)
+def test_a_fold_that_decodes_only_what_it_needs_gives_the_values_of_its_expressions(
+    one: str, other: str, when: str | None
+) -> None:
+    columns = [{"name": name, "type": "json"} for name in ("one", "other")]
+    rules = [{"type": "E", "set": {"one": one}}, {"type": "E", "set": {"other": other}, "when": when or "true"}]
+    try:
+        compiled = compile_fold(parse({"streams": ["s"], "columns": columns, "fold": rules}))
+    except InvalidDefinitionError:
+        return
+    wanted = {"one": ours(one, DATA)} | ({"other": ours(other, DATA)} if ours(when or "true", DATA) else {})
+    batch = compiled.batch()
+    text = msgspec.json.encode({**DATA, "more": [{"price": 1.5}]})
+    batch.fold("i", [Event(0, 1, "k", 1, "1", "E", dt.datetime(2026, 1, 1, tzinfo=dt.UTC), msgspec.Raw(text))])
+    if ERROR in wanted.values():
+        assert batch.changes == {}
+        assert len(batch.parked) == 1
+    else:
+        assert batch.changes["k"].set == {name: to_json(value) for name, value in wanted.items()}
 
 
 numbers = st.one_of(

@@ -30,9 +30,10 @@ A row fed by several partitions (`not fold.single_partition`) is never deleted, 
 in `stamps`: the column takes the value only where the stamp is greater than the one kept beside it (or none is kept).
 Stamps compare as (recorded_at, incarnation in byte order, partition, position).
 
-For each event type one Python function is generated. It evaluates all conditions and values before it touches a row,
-so an event's effect on a row is all or nothing. Where anything fails, `Batch._explain` evaluates the event again in the
-exact form of its expressions, and applies it after all or parks it.
+For each event type one Python function is generated. It decodes of the data only what is needed, where that is known
+before, and evaluates all conditions and values before it touches a row: an event's effect on a row is all or nothing.
+Where anything fails, `Batch._explain` evaluates the event again in the exact form of its expressions, and applies it
+after all or parks it.
 """
 
 import datetime as dt
@@ -53,11 +54,22 @@ from refold.projection.definition import (
     InvalidDefinitionError,
     check,
     default_of,
+    merges,
     read_columns,
     row_fields,
     single_partition,
 )
-from refold.projection.values import CONVERSIONS, Value, appended, integer_total, not_null, to_key, to_keys
+from refold.projection.values import (
+    CONVERSIONS,
+    Value,
+    appended,
+    integer_total,
+    not_null,
+    to_boolean,
+    to_key,
+    to_keys,
+    to_moment,
+)
 
 #: Sums of numeric values (at most 100 digits before and 199 after the point) never need more than this.
 _SUM = Context(prec=400, Emax=MAX_EMAX, Emin=MIN_EMIN, traps=[Inexact, InvalidOperation, Overflow])
@@ -268,7 +280,24 @@ class _Effect:
     expression: cel.Expression
     convert: Callable[[object], Value]
 
+    def constant(self) -> tuple[Value] | None:
+        """Return the value where it is the same for all events and can be taken, in a tuple."""
+        if not self.expression.constant:
+            return None
+        try:
+            return (self.convert(cel.python_function(self.expression, self.expression.exact)(None, None, None)),)
+        except cel.FAILURES:
+            return None  # each event is bad, and tells why
 
+    def python(self, expression: str) -> str:
+        """Return the Python of the value, of one form of its expression."""
+        if (self.convert, self.expression.kind) in _TAKEN_AS_THEY_ARE:
+            return expression
+        return f"_{self.convert.__name__}({expression})"
+
+
+#: What needs no look at the value, since it can be of one kind only.
+_TAKEN_AS_THEY_ARE = ((to_moment, cel.Kind.TIMESTAMP), (to_boolean, cel.Kind.BOOL))
 _RowFields = Mapping[str, tuple[str, cel.Kind]]
 
 
@@ -283,7 +312,7 @@ class _RulePlan:
         for operation, column, source in rule.assignments():
             convert = CONVERSIONS[columns[column].type].functions[operation]
             expression = cel.check(source, prefix=f"e{position}_{len(self.effects)}_", row=row)
-            if operation == "set" and not columns[column].nullable:
+            if operation == "set" and not columns[column].nullable and expression.kind & cel.Kind.NULL:
                 convert = not_null(convert)
             self.effects.append(_Effect(f"{path}.{operation}.{column}", operation, column, expression, convert))
         self.nothing: list[Value] = [None] * len(self.effects)
@@ -320,10 +349,22 @@ class _RulePlan:
 
 
 class _TypePlan:
-    """The rules of one event type."""
+    """The rules of one event type.
+
+    `paths` are the fields of data that are read of each event, by the names that stand for them; `whole`: whether
+    something else of data is needed as well.
+    """
 
     def __init__(self, rules: list[_RulePlan], key: cel.Expression) -> None:
         self.rules = rules
+        certain = [rule.when for rule in rules if rule.when is not None]
+        perhaps: list[cel.Expression] = []
+        for rule in rules:
+            (certain if rule.when is None else perhaps).extend(effect.expression for effect in rule.effects)
+        self.always = any(rule.when is None for rule in rules)
+        (certain if self.always else perhaps).append(key)
+        self.paths = {name: path for expression in certain for name, path in expression.paths.items()}
+        self.whole = any(one.hoisted_uses_data for one in certain) or any(one.uses_data for one in perhaps)
         expressions = [key, *(expression for rule in rules for expression in rule.expressions)]
         self.uses_data = any(expression.uses_data for expression in expressions)
         self.uses_metadata = any(expression.uses_metadata for expression in expressions)
@@ -339,6 +380,40 @@ class _TypePlan:
         return data, metadata
 
 
+def _decoder(paths: Iterable[tuple[str, ...]]) -> tuple[Callable[[msgspec.Raw], Any], dict[tuple[str, ...], str]]:
+    """Return a decoder of nothing but some fields of data, all of which must be there, and the Python that reads each.
+
+    A field of data is an attribute of the decoded; what lies within one that is needed as a whole is an item of it.
+    """
+    wanted = sorted(set(paths), key=len)
+    tops: list[tuple[str, ...]] = []
+    for path in wanted:
+        if not any(path[: len(top)] == top for top in tops):
+            tops.append(path)
+
+    def structure(prefix: tuple[str, ...]) -> type:
+        inner = dict.fromkeys(top[len(prefix)] for top in tops if top[: len(prefix)] == prefix)
+        fields = [
+            (f"f{number}", Any if (*prefix, name) in tops else structure((*prefix, name)))
+            for number, name in enumerate(inner)
+        ]
+        for number, name in enumerate(inner):
+            attributes[(*prefix, name)] = f"f{number}"
+        renamed = {f"f{number}": name for number, name in enumerate(inner)}
+        return msgspec.defstruct("Data", fields, rename=renamed, gc=False)
+
+    attributes: dict[tuple[str, ...], str] = {}
+    decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(structure(()), float_hook=Decimal)
+    read = {}
+    for path in wanted:
+        python = "data"
+        for end in range(1, len(path) + 1):
+            attribute = attributes.get(path[:end])
+            python += f"[{path[end - 1]!r}]" if attribute is None else f".{attribute}"
+        read[path] = python
+    return decoder.decode, read
+
+
 #: JSON to values: numbers with a fraction or an exponent become Decimal, so that nothing is lost.
 decode = msgspec.json.Decoder(float_hook=Decimal).decode
 
@@ -349,6 +424,9 @@ class _Plan:
     def __init__(self, definition: Definition, *, single: bool, reads: Sequence[str]) -> None:
         self.single = single
         self.columns = {column.name: column for column in definition.columns}
+        self.merges = merges(definition)
+        self.deletes = any(rule.delete for rule in definition.fold)
+        self.sets = {column for rule in definition.fold for column in rule.set}
         self.defaults: dict[str, Value] = {name: default_of(self.columns[name]) for name in reads}
         key = cel.check(definition.key, prefix="k")
         self.key = key
@@ -397,35 +475,36 @@ class _Plan:
                     for effect in rule.effects:
                         namespace[f"_{effect.convert.__name__}"] = effect.convert
                 self._write_apply(source, number, plan)
-                self._write_fold(source, number, plan)
+                self._write_fold(source, number, plan, namespace)
             functions = ", ".join(f"(fold{number}, apply{number})" for number in range(len(self.types)))
             source.line(f"return [{functions}]")
         # The source holds nothing of the user's but names and literals that parser and emitter have read and written.
         exec(compile(source.text, "<fold>", "exec"), namespace)  # noqa: S102
         return namespace["bind"]  # type: ignore[return-value]
 
-    def _write_fold(self, source: "_Source", number: int, plan: _TypePlan) -> None:
+    def _write_fold(self, source: "_Source", number: int, plan: _TypePlan, namespace: dict[str, object]) -> None:
         """Write the function that evaluates an event of one type, and applies it."""
         conditions, values = _locals(plan)
         source.line(f"def fold{number}(event):")
         with source:
-            if plan.uses_data:
-                source.line("data = _decode(event.data)")
+            self._write_decode(source, number, plan, namespace)
             if plan.uses_metadata:
                 source.line("metadata = {} if event.metadata is None else _decode(event.metadata)")
             if plan.uses_row:
                 source.line("row = row_before(event.subject)")
             for rule, condition in zip(plan.rules, conditions, strict=True):
-                source.line(f"{condition} = {'True' if rule.when is None else f'_boolean({rule.when.fast})'}")
-            if all(rule.when is not None for rule in plan.rules):
+                if rule.when is not None:
+                    source.line(f"{condition} = _boolean({rule.when.hoisted})")
+            if not plan.always:
                 source.line(f"if not ({' or '.join(conditions)}): return")
+            key = self.key.hoisted if plan.always else self.key.fast
             many = self.key.kind != cel.Kind.STRING
             if self.key.fast == "event.subject":
                 source.line("key = event.subject")
             elif many:
-                source.line(f"keys = _to_keys({self.key.fast})")
+                source.line(f"keys = _to_keys({key})")
             else:
-                source.line(f"key = _to_key({self.key.fast})")
+                source.line(f"key = _to_key({key})")
             source.line("if parked_subjects and (incarnation, event.partition, event.subject) in parked_subjects:")
             source.line("    raise _parked_error")
             source.line("if parked_rows:")
@@ -435,39 +514,66 @@ class _Plan:
             names = iter(values)
             for rule, condition in zip(plan.rules, conditions, strict=True):
                 for effect in rule.effects:
-                    value = f"_{effect.convert.__name__}({effect.expression.fast})"
-                    value = value if rule.when is None else f"{value} if {condition} else None"
-                    source.line(f"{next(names)} = {value}")
-            call = f"apply{number}({', '.join(['event', 'key', *conditions, *values])})"
-            source.line(f"for key in keys: {call}" if many else call)
+                    name = next(names)
+                    if constant := effect.constant():
+                        namespace[f"constant{number}_{name}"] = constant[0]
+                        source.line(f"{name} = constant{number}_{name}")
+                    elif rule.when is None:
+                        source.line(f"{name} = {effect.python(effect.expression.hoisted)}")
+                    else:
+                        source.line(f"{name} = {effect.python(effect.expression.fast)} if {condition} else None")
+            if many:
+                given = [
+                    condition if rule.when else "True" for rule, condition in zip(plan.rules, conditions, strict=True)
+                ]
+                source.line(f"for key in keys: apply{number}({', '.join(['event', 'key', *given, *values])})")
+            else:
+                self._write_change(source, plan)
+
+    @staticmethod
+    def _write_decode(source: "_Source", number: int, plan: _TypePlan, namespace: dict[str, object]) -> None:
+        """Write what decodes the event's data and looks up the fields that are read of each event."""
+        if plan.whole:
+            source.line("data = _decode(event.data)")
+            read = {path: f"data{''.join(f'[{name!r}]' for name in path)}" for path in plan.paths.values()}
+        elif plan.paths:
+            namespace[f"decode{number}"], read = _decoder(plan.paths.values())
+            source.line(f"data = decode{number}(event.data)")
+        for name, path in plan.paths.items():
+            source.line(f"{name} = {read[path]}")
 
     def _write_apply(self, source: "_Source", number: int, plan: _TypePlan) -> None:
         """Write the function that puts an event's values into its row's change."""
         conditions, values = _locals(plan)
         source.line(f"def apply{number}({', '.join(['event', 'key', *conditions, *values])}):")
         with source:
-            source.line("change = rows.get(key)")
-            if self.defaults:
-                # What joins a column that is read may be refused, so the change stays as it is until all is done.
-                source.line("known = row_before(key)")
-                source.line("if change is None: change = _row(key)")
-                source.line("new, merged = dict(change.set), dict(change.merge)")
-                source.line("deleted, exists = change.deleted_first, change.exists_after")
-            else:
-                source.line("if change is None: change = rows[key] = _row(key)")
-                source.line("new, merged = change.set, change.merge")
-            if not self.single:
-                source.line("stamp = _stamp(event.time, incarnation, event.partition, event.position)")
-                source.line("stamps = change.stamps")
-            names = iter(values)
-            for rule, condition in zip(plan.rules, conditions, strict=True):
-                source.line(f"if {condition}:")
-                with source:
-                    self._write_rule(source, rule, names)
-            if self.defaults:
-                source.line("change.set, change.merge = new, merged")
-                source.line("change.deleted_first, change.exists_after = deleted, exists")
-                source.line("rows[key] = change")
+            self._write_change(source, plan)
+
+    def _write_change(self, source: "_Source", plan: _TypePlan) -> None:
+        """Write how an event's values come into its row's change."""
+        conditions, values = _locals(plan)
+        source.line("change = rows.get(key)")
+        if self.defaults:
+            # What joins a column that is read may be refused, so the change stays as it is until all is done.
+            source.line("known = row_before(key)")
+            source.line("if change is None: change = _row(key)")
+            source.line("new, merged = dict(change.set), dict(change.merge)")
+            source.line("deleted, exists = change.deleted_first, change.exists_after")
+        else:
+            source.line("if change is None: change = rows[key] = _row(key)")
+            source.line("new, merged = change.set, change.merge")
+        if not self.single:
+            source.line("stamp = _stamp(event.time, incarnation, event.partition, event.position)")
+            source.line("stamps = change.stamps")
+        names = iter(values)
+        for rule, condition in zip(plan.rules, conditions, strict=True):
+            source.line("if True:" if rule.when is None else f"if {condition}:")
+            with source:
+                self._write_rule(source, rule, names)
+        if self.defaults:
+            source.line("change.set, change.merge = new, merged")
+            source.line("change.deleted_first, change.exists_after = deleted, exists")
+            source.line("rows[key] = change")
 
     def _write_rule(self, source: "_Source", rule: _RulePlan, names: Iterable[str]) -> None:
         deleted, exists = ("deleted", "exists") if self.defaults else ("change.deleted_first", "change.exists_after")
@@ -477,7 +583,7 @@ class _Plan:
             if self.defaults:
                 source.line("known = {}")
             return
-        if self.single:
+        if self.deletes:
             source.line(f"{exists} = True")
         for effect, value in zip(rule.effects, names, strict=False):
             if effect.column in self.defaults and effect.operation != "set":
@@ -498,15 +604,18 @@ class _Plan:
         """Write what becomes of a column whose value before stands in the read store."""
         column, join = repr(effect.column), f"_join_{effect.operation}"
         if effect.operation != "set":
-            if self.single:
-                source.line(f"if {deleted} or {column} in new: new[{column}] = {join}(new.get({column}), {value})")
+            # What is in `new` needs no look where nothing can have brought it there.
+            known = [deleted] * self.deletes + [f"{column} in new"] * (self.deletes or effect.column in self.sets)
+            if self.single and known:
+                source.line(f"if {' or '.join(known)}: new[{column}] = {join}(new.get({column}), {value})")
                 source.line(f"elif {column} in merged: merged[{column}] = {join}(merged[{column}], {value})")
             else:
                 source.line(f"if {column} in merged: merged[{column}] = {join}(merged[{column}], {value})")
             source.line(f"else: merged[{column}] = {value}")
         elif self.single:
             source.line(f"new[{column}] = {value}")
-            source.line(f"if merged: merged.pop({column}, None)")
+            if effect.column in self.merges:
+                source.line(f"merged.pop({column}, None)")
         else:
             source.line(f"if {column} not in stamps or stamp >= stamps[{column}]:")
             source.line(f"    new[{column}] = {value}; stamps[{column}] = stamp")

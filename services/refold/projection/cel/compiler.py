@@ -4,9 +4,14 @@ Each expression has two forms of the same meaning. The *fast* form is what runs:
 `or`, helpers only where Python's own operators would do something else than CEL. Whatever goes wrong in it raises one
 of `FAILURES`. Only then the *exact* form runs: it absorbs errors in `&&`, `||`, all() and exists() as CEL says, and its
 own errors name the place and what was missing. A fast form that returns has met no error, so there was none to absorb.
+
+A third form is the fast one with names in place of the fields of `data` that are read in any case (`data.a.b` outside
+of what may be left out: the branches of `? :`, all but the first operand of `&&`, the steps of macros). Who runs it
+looks them up before, each once, and may decode nothing else.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import NamedTuple, NoReturn
@@ -136,6 +141,9 @@ class Expression:
     `metadata` (decoded JSON), `row` (see `check`) and over the names in `constants` and `HELPERS`. `row_columns` are
     the columns of the row that it looks at, and `row_at` is the place of the first (1-based line and column). `items`
     are the kinds and places of a list literal's items, empty where it is something else.
+
+    `hoisted` is the fast form over `paths` (the fields of data by the names that stand for them), and over `data` only
+    where `hoisted_uses_data`.
     """
 
     source: str
@@ -150,6 +158,9 @@ class Expression:
     row_columns: frozenset[str]
     row_at: tuple[int, int] | None
     items: tuple[tuple[Kind, tuple[int, int]], ...]
+    hoisted: str
+    hoisted_uses_data: bool
+    paths: Mapping[str, tuple[str, ...]]
 
 
 class _Code(NamedTuple):
@@ -171,6 +182,7 @@ def check(source: str, *, prefix: str = "c", row: Mapping[str, tuple[str, Kind]]
     """
     node = parse(source)
     fast, exact = _Emitter(prefix, row, exact=False), _Emitter(prefix, row, exact=True)
+    hoisting = _Emitter(prefix, row, exact=False, hoisting=True)
     code = fast.emit(node)
     items = node.items if isinstance(node, ListLiteral) else ()
     return Expression(
@@ -185,6 +197,9 @@ def check(source: str, *, prefix: str = "c", row: Mapping[str, tuple[str, Kind]]
         constant=not fast.used and fast.row_at is None,
         row_columns=frozenset(fast.row_columns),
         row_at=fast.row_at,
+        hoisted=hoisting.emit(node).python,
+        hoisted_uses_data="data" in hoisting.used,
+        paths=hoisting.paths,
         items=tuple((_Emitter(prefix, row, exact=False).emit(item).kind, item.at) for item in items),
     )
 
@@ -217,10 +232,14 @@ def python_function(expression: Expression, python: str) -> Callable[..., object
 class _Emitter:
     """Emits one form of an expression, children first; raises CelError where the kinds can't fit."""
 
-    def __init__(self, prefix: str, row: Mapping[str, tuple[str, Kind]] | None, *, exact: bool) -> None:
+    def __init__(
+        self, prefix: str, row: Mapping[str, tuple[str, Kind]] | None, *, exact: bool, hoisting: bool = False
+    ) -> None:
         self.prefix = prefix
         self.row = row
         self.exact = exact
+        self.hoisting = hoisting
+        self.paths: dict[str, tuple[str, ...]] = {}
         self.row_columns: set[str] = set()
         self.row_at: tuple[int, int] | None = None
         self.constants: dict[str, object] = {}
@@ -306,9 +325,31 @@ class _Emitter:
         self.row_at = self.row_at or node.operand.at
         return _Code(*self.row[node.field])
 
+    def data_path(self, node: Node) -> tuple[str, ...] | None:
+        """Return the fields of `data.a.b`, or None where the node is something else."""
+        if isinstance(node, Name):
+            return () if node.name == "data" and "data" not in self.scope else None
+        if not isinstance(node, Select):
+            return None
+        if isinstance(node.operand, Name) and node.operand.name == "event" and "event" not in self.scope:
+            return () if node.field == "data" else None
+        above = self.data_path(node.operand)
+        return None if above is None else (*above, node.field)
+
+    @contextmanager
+    def perhaps(self) -> Iterator[None]:
+        """Emit what isn't evaluated in any case."""
+        hoisting, self.hoisting = self.hoisting, False
+        yield
+        self.hoisting = hoisting
+
     def select(self, node: Select) -> _Code:
         if code := self.event_field(node) or self.row_column(node):
             return code
+        if self.hoisting and (path := self.data_path(node)):
+            name = f"d_{'.'.join(path).encode().hex()}"
+            self.paths[name] = path
+            return _Code(name, Kind.ANY)
         operand = self.emit(node.operand)
         self.need(node.operand, operand, Kind.MAP, "has no fields")
         if self.exact:
@@ -376,7 +417,8 @@ class _Emitter:
         steps = []
         for position, step in enumerate(node.steps):
             mapped = node.macro == "map" and position == len(node.steps) - 1
-            python = self.emit(step).python if mapped else self.boolean(step, f"the condition of {node.macro}()")
+            with self.perhaps():
+                python = self.emit(step).python if mapped else self.boolean(step, f"the condition of {node.macro}()")
             steps.append(f"(lambda {_local(node.variable)}: {python})")
         self.scope.pop()
         name = "map_where" if len(steps) == 2 else node.macro
@@ -426,7 +468,9 @@ class _Emitter:
         )
 
     def logic(self, node: Logic) -> _Code:
-        operands = [self.boolean(operand, f"each side of {node.operator}") for operand in node.operands]
+        operands = [self.boolean(node.operands[0], f"each side of {node.operator}")]
+        with self.perhaps():
+            operands += [self.boolean(operand, f"each side of {node.operator}") for operand in node.operands[1:]]
         if not self.exact:
             return _Code(f"({(' and ' if node.operator == '&&' else ' or ').join(operands)})", Kind.BOOL)
         name = "absorbing_and" if node.operator == "&&" else "absorbing_or"
@@ -435,7 +479,8 @@ class _Emitter:
 
     def ternary(self, node: Ternary) -> _Code:
         condition = self.boolean(node.condition, "the condition before ?")
-        yes, no = self.emit(node.yes), self.emit(node.no)
+        with self.perhaps():
+            yes, no = self.emit(node.yes), self.emit(node.no)
         return _Code(f"({yes.python} if {condition} else {no.python})", yes.kind | no.kind)
 
     def map_literal(self, node: MapLiteral) -> _Code:
