@@ -32,6 +32,7 @@ from hack.servers.callers import tokens_file
 from tests.served import Served, serve
 
 TOKEN = "a-secret"
+ROOM = bodies.Room(1500, "room")
 
 
 class Echo(msgspec.Struct):
@@ -43,7 +44,7 @@ async def echo(request: Request) -> Response:
 
 
 async def count(request: Request) -> Response:
-    return Response(str(len(await bodies.read(request, 1000, "limit"))))
+    return Response(str(len(await bodies.read(request, 1000, "limit", ROOM))))
 
 
 async def lines(request: Request) -> Response:
@@ -63,6 +64,14 @@ async def break_off(_: Request) -> Response:
     async def body() -> AsyncIterator[bytes]:
         yield b"first"
         raise RuntimeError("gone")
+
+    return StreamingResponse(body())
+
+
+async def endless(_: Request) -> Response:
+    async def body() -> AsyncIterator[bytes]:
+        while True:
+            yield b"x" * 65536
 
     return StreamingResponse(body())
 
@@ -90,6 +99,7 @@ OPERATIONS = [
     Operation("POST", "/lines", lines, summary="Lines", verb="create", answer={"application/json": list[str]}),
     Operation("GET", "/fail", fail, summary="Fail", verb="get", answer={"text/plain": str}),
     Operation("GET", "/refuse", refuse, summary="Refuse", verb="get", answer={"text/plain": str}, problems=[409]),
+    Operation("GET", "/endless", endless, summary="Endless", verb="get", answer={"text/plain": str}),
     Operation("GET", "/break-off", break_off, summary="Break off", verb="get", answer={"text/plain": str}),
 ]
 
@@ -247,6 +257,78 @@ def test_a_head_over_the_limit_is_refused(served: Served) -> None:
             for _ in range(100):
                 client.sendall(b"x" * 1000)
         assert client.recv(100).startswith(b"HTTP/1.1 431")
+
+
+def _head(target: str, method: str = "GET", length: int = 0) -> bytes:
+    return (
+        f"{method} {target} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\r\ncontent-length: {length}\r\n\r\n"
+    ).encode()
+
+
+def test_bodies_that_are_arriving_have_a_bound_together(served: Served) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(("127.0.0.1", served.port), 10)) for _ in range(3)]
+        for client in clients:
+            client.sendall(_head("/count", "POST", 900) + b"x" * 600)
+            time.sleep(0.1)
+        answer = clients[2].recv(65536)
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"retry-after: 1" in answer
+        assert b"room is 1500" in answer
+        for client in clients[:2]:
+            client.sendall(b"x" * 300)
+            assert client.recv(65536).endswith(b"\r\n\r\n900")
+    assert ROOM.taken == 0
+
+
+def test_requests_that_are_sent_ahead_are_answered_in_their_order(served: Served) -> None:
+    with socket.create_connection(("127.0.0.1", served.port), 10) as client:
+        client.sendall(b"".join(_head(f"/v1/subjects/{n}/events") for n in range(20)))
+        received = b""
+        while received.count(b"HTTP/1.1 200") < 20 or not received.endswith(b"}"):
+            received += client.recv(65536)
+    found = [part.partition(b"\r\n\r\n")[2] for part in received.split(b"HTTP/1.1 200 OK\r\n")[1:]]
+    assert found == [b'{"subject":"%d"}' % n for n in range(20)]
+
+
+def test_a_whole_url_is_understood_as_its_path(served: Served) -> None:
+    assert served.ask("http://elsewhere/v1/subjects/a/events?x=1").json() == {"subject": "a"}
+
+
+def test_head_is_answered_without_a_body(served: Served) -> None:
+    with socket.create_connection(("127.0.0.1", served.port), 10) as client:
+        client.sendall(_head("/v1/subjects/a/events", "HEAD"))
+        answer = client.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert b"content-length: 15\r\n" in answer
+        assert answer.endswith(b"\r\n\r\n")
+        client.sendall(_head("/v1/subjects/a/events"))
+        assert client.recv(65536).endswith(b'{"subject":"a"}')
+
+
+def test_connections_that_are_idle_for_long_are_closed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        socket.create_connection(("127.0.0.1", served.port), 10) as silent,
+        socket.create_connection(("127.0.0.1", served.port), 10) as asked,
+        socket.create_connection(("127.0.0.1", served.port), 10) as busy,
+    ):
+        asked.sendall(_head("/v1/subjects/a/events"))
+        assert asked.recv(65536).endswith(b"}")
+        busy.sendall(_head("/count", "POST", 2) + b"x")
+        monkeypatch.setattr("refold.web.server.KEEP_ALIVE_SECONDS", 0.1)
+        assert (silent.recv(1), asked.recv(1)) == (b"", b"")
+        busy.sendall(b"x")
+        assert busy.recv(65536).endswith(b"\r\n\r\n2")
+
+
+def test_a_client_that_does_not_read_is_cut_off(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refold.web.protocol.PATIENCE", 0.2)
+    with socket.create_connection(("127.0.0.1", served.port), 10) as client:
+        client.sendall(_head("/endless"))
+        time.sleep(1)
+        with contextlib.suppress(ConnectionResetError):
+            while client.recv(1 << 20):  # what was on its way; without an end where it isn't cut off
+                pass
 
 
 def _request(chunks: Sequence[bytes]) -> Request:

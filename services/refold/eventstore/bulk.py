@@ -20,7 +20,7 @@ from refold.eventstore.appends import SubjectAppend
 from refold.eventstore.catalog import Stream
 from refold.eventstore.errors import EventStoreError, OverloadedError, UnavailableError
 from refold.eventstore.lane import AppendResult
-from refold.eventstore.problems import from_error, json_problem
+from refold.eventstore.problems import UNREADABLE, from_error, from_unreadable
 from refold.eventstore.store import EventStore
 from refold.web.openapi import NDJSON
 from refold.web.problems import Problem, ProblemBody
@@ -94,10 +94,8 @@ class Bulk(Response):
                 subject, outcome = await self._submit(number, raw)
                 self._window.append(_Line(number, subject, len(raw), outcome))
                 self._window_bytes += len(raw)
-                if isinstance(outcome, Problem):
+                if len(self._window) == 1:
                     self._collect()
-                else:
-                    outcome.add_done_callback(self._collect)
                 while not writer.done() and (
                     len(self._window) >= WINDOW_LINES
                     or self._window_bytes >= WINDOW_BYTES
@@ -107,7 +105,8 @@ class Bulk(Response):
                     await self._room.wait()
         except Problem as problem:  # a line was too large: what follows it isn't read
             self._window.append(_Line(problem.members["line"], None, 0, problem))
-            self._collect()
+            if len(self._window) == 1:
+                self._collect()
         while self._window and not writer.done():
             self._room.clear()
             await self._room.wait()
@@ -117,20 +116,21 @@ class Bulk(Response):
     async def _submit(self, number: int, raw: bytes) -> tuple[str | None, asyncio.Future[AppendResult] | Problem]:
         """Hand one line to the store; return its subject, where it can be told, and its outcome to come."""
         try:
-            with json_problem():
-                line = self._decoder.decode(raw)
-        except Problem as problem:
+            line = self._decoder.decode(raw)
+        except UNREADABLE as error:
+            problem = from_unreadable(error)
             problem.members["line"] = number
-            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            with contextlib.suppress(*UNREADABLE):
                 return msgspec.json.decode(raw, type=_Subject).subject, problem
             return None, problem
-        deadline = time.monotonic() + _OVERLOAD_PATIENCE
+        deadline = None
         while True:
             try:
                 return line.subject, self._store.submit(
                     self._stream, line.subject, line.events, expected_revision=line.expected_revision
                 )
             except OverloadedError as error:
+                deadline = deadline or time.monotonic() + _OVERLOAD_PATIENCE
                 if time.monotonic() > deadline:
                     return line.subject, _problem(error, number)
                 await asyncio.sleep(_OVERLOAD_PAUSE)
@@ -138,13 +138,17 @@ class Bulk(Response):
                 return line.subject, _problem(error, number)
 
     def _collect(self, _: object = None) -> None:
-        """Turn the outcomes that are there into answers, as far as all before them are there too."""
+        """Turn the outcomes that are there into answers, as far as all before them are there too; then wait for more.
+
+        Only the first line without an outcome calls this: most get theirs together.
+        """
         window = self._window
         while window:
             line = window[0]
             if isinstance(line.outcome, Problem):
                 answer = self._refusal(line.subject, line.outcome)
             elif not line.outcome.done():
+                line.outcome.add_done_callback(self._collect)
                 break
             elif line.outcome.cancelled():
                 answer = self._refusal(

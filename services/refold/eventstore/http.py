@@ -11,12 +11,15 @@ from refold.eventstore.errors import EventStoreError
 from refold.eventstore.http_asked import NAME, NAMESPACE, STREAM, SUBJECT
 from refold.eventstore.http_live import LiveApi
 from refold.eventstore.http_reads import JSON, ReadApi
-from refold.eventstore.problems import from_error, json_problem
+from refold.eventstore.problems import UNREADABLE, from_error, from_unreadable
 from refold.eventstore.store import EventStore
 from refold.web import bodies, paths
+from refold.web.answers import JsonAnswer
 from refold.web.openapi import NDJSON, Operation
 
+_encode = msgspec.json.Encoder().encode
 _BODY = "eventstore.limits.bodyBytes"
+_WAITING = "eventstore.limits.waitingBytes"
 
 
 class AppendBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -66,6 +69,7 @@ class Api:
 
     def __init__(self, limits: Limits) -> None:
         self._body_bytes = limits.body_bytes
+        self._room = bodies.Room(limits.waiting_bytes, _WAITING)
         self._append_body = msgspec.json.Decoder(AppendBody)
         self._append_all_body = msgspec.json.Decoder(AppendAllBody)
 
@@ -115,13 +119,16 @@ class Api:
         """Append to one subject."""
         namespace, name = http_asked.stream(request)
         subject = paths.parameter(request, "subject")
-        raw = await bodies.read(request, self._body_bytes, _BODY)
-        with json_problem():
-            body = self._append_body.decode(raw)
+        raw = await bodies.read(request, self._body_bytes, _BODY, self._room)
         try:
-            result = await self.store.append(
-                namespace, name, subject, body.events, expected_revision=body.expectedRevision
-            )
+            body = self._append_body.decode(raw)
+        except UNREADABLE as error:
+            raise from_unreadable(error) from error
+        try:
+            stream = await self.store.stream(namespace, name)
+            outcome = self.store.submit(stream, subject, body.events, expected_revision=body.expectedRevision)
+            del raw, body  # the append that waits has what it needs of them
+            result = await outcome
         except EventStoreError as error:
             raise from_error(error) from error
         return _created(
@@ -131,9 +138,11 @@ class Api:
     async def append_all(self, request: Request) -> Response:
         """Append to many subjects, all or none."""
         namespace, name = http_asked.stream(request)
-        raw = await bodies.read(request, self._body_bytes, _BODY)
-        with json_problem():
+        raw = await bodies.read(request, self._body_bytes, _BODY, self._room)
+        try:
             body = self._append_all_body.decode(raw)
+        except UNREADABLE as error:
+            raise from_unreadable(error) from error
         try:
             result = await self.store.append_all(namespace, name, body.appends)
         except EventStoreError as error:
@@ -151,7 +160,4 @@ class Api:
 
 
 def _created(body: Appended | AllAppendedBody, *, replayed: bool) -> Response:
-    response = Response(msgspec.json.encode(body), 201, media_type=JSON)
-    if replayed:
-        response.headers["refold-replayed"] = "true"
-    return response
+    return JsonAnswer(_encode(body), 201, [(b"refold-replayed", b"true")] if replayed else ())

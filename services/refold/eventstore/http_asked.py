@@ -24,8 +24,8 @@ PARTITION = Parameter(name="partition", where="path", description="From 0", sche
 _LABEL = re.compile(r"[a-z0-9-]{1,63}")
 
 
-def stream(request: Request) -> tuple[str, str]:
-    """Return namespace and name of the stream that a request is about.
+def resource(request: Request) -> tuple[str, str]:
+    """Return namespace and name of the stream that a request's path names; handlers ask `stream`.
 
     Raises:
         Problem: 400 where they can't be decoded, 404 where no EventStream can be called so.
@@ -35,6 +35,12 @@ def stream(request: Request) -> tuple[str, str]:
         raise Problem(
             404, "stream-not-found", "No such stream", "namespaces and EventStreams are named by a-z, 0-9 and '-' only"
         )
+    return namespace, name
+
+
+def stream(request: Request) -> tuple[str, str]:
+    """Return namespace and name of the stream that a request is about."""
+    namespace, name = request.scope["resource"]
     return namespace, name
 
 

@@ -1,10 +1,12 @@
 """Reading events over HTTP: as JSON or NDJSON, streamed page by page."""
 
-from collections.abc import AsyncIterator, Callable
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from refold.events import Event
 from refold.eventstore import http_asked
@@ -16,6 +18,8 @@ from refold.web import paths
 from refold.web.openapi import NDJSON, Operation, Parameter
 
 JSON = "application/json"
+#: Bytes that are written at once: a client must take each piece in a while, see `refold.web.protocol`.
+_PIECE = 64 * 1024
 _FORMAT = Parameter(name="accept", where="header", description="application/x-ndjson: one event a line; else JSON")
 
 
@@ -136,21 +140,39 @@ async def _answer(request: Request, pages: AsyncIterator[list[Event]]) -> Respon
     except EventStoreError as error:
         raise from_error(error) from error
     if NDJSON in request.headers.get("accept", ""):
-        return StreamingResponse(_as_lines(first, pages), media_type=NDJSON)
-    return StreamingResponse(_as_json(first, pages), media_type=JSON)
+        return _Pages(_as_lines(first, pages), media_type=NDJSON)
+    return _Pages(_as_json(first, pages), media_type=JSON)
 
 
-async def _as_lines(first: list[Event], pages: AsyncIterator[list[Event]]) -> AsyncIterator[bytes]:
+class _Pages(StreamingResponse):
+    """An answer that lets go of its page at once when the client leaves."""
+
+    body_iterator: AsyncGenerator[bytes]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with contextlib.aclosing(self.body_iterator):
+            await super().__call__(scope, receive, send)
+
+
+async def _as_lines(first: list[Event], pages: AsyncIterator[list[Event]]) -> AsyncGenerator[bytes]:
     encoder = msgspec.json.Encoder()
     if first:
-        yield encoder.encode_lines(first)
+        for piece in _pieces(encoder.encode_lines(first)):
+            yield piece
     async for page in pages:
-        yield encoder.encode_lines(page)
+        for piece in _pieces(encoder.encode_lines(page)):
+            yield piece
 
 
-async def _as_json(first: list[Event], pages: AsyncIterator[list[Event]]) -> AsyncIterator[bytes]:
+async def _as_json(first: list[Event], pages: AsyncIterator[list[Event]]) -> AsyncGenerator[bytes]:
     encoder = msgspec.json.Encoder()
-    yield b'{"events":' + encoder.encode(first)[:-1]
+    for piece in _pieces(b'{"events":' + encoder.encode(first)[:-1]):
+        yield piece
     async for page in pages:
-        yield b"," + encoder.encode(page)[1:-1]
+        for piece in _pieces(b"," + encoder.encode(page)[1:-1]):
+            yield piece
     yield b"]}"
+
+
+def _pieces(whole: bytes) -> Iterator[bytes]:
+    return (whole[at : at + _PIECE] for at in range(0, len(whole), _PIECE))

@@ -1,8 +1,6 @@
 """What the event store refuses, as problems (RFC 9457)."""
 
-import contextlib
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -67,19 +65,19 @@ def _where(error: RevisionConflictError | IdConflictError) -> dict[str, Any]:
     return where
 
 
-@contextlib.contextmanager
-def json_problem() -> Iterator[None]:
-    """Turn what decoding a body raises into a problem: 400 where it isn't JSON, 422 where it isn't what it must be."""
-    try:
-        yield
-    except msgspec.ValidationError as error:
-        message = str(error)
-        where = _WHERE.search(message)
-        field = where[1] if where else ""
-        raise Problem(
-            422, "invalid-append", "Invalid append", f"the body isn't an append: {message}", field=field
-        ) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Problem(400, "invalid-json", "Invalid JSON", f"the body isn't JSON in UTF-8: {error}") from error
-    except RecursionError as error:
-        raise Problem(422, "invalid-append", "Invalid append", "the body is nested too deep", field="") from error
+#: What decoding a body raises where it can't be read.
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+def from_unreadable(error: Exception) -> Problem:
+    """Return the problem of one of `UNREADABLE`: 400 for what isn't JSON, 422 for what isn't what it must be."""
+    match error:
+        case msgspec.ValidationError():
+            message = str(error)
+            where = _WHERE.search(message)
+            field = where[1] if where else ""
+            return Problem(422, "invalid-append", "Invalid append", f"the body isn't an append: {message}", field=field)
+        case RecursionError():
+            return Problem(422, "invalid-append", "Invalid append", "the body is nested too deep", field="")
+        case _:
+            return Problem(400, "invalid-json", "Invalid JSON", f"the body isn't JSON in UTF-8: {error}")

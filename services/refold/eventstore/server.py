@@ -1,7 +1,10 @@
 """The event store's process: settings from the environment, the HTTP API, a graceful end."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+
+import structlog
 
 from refold import logs
 from refold.eventstore import http_asked
@@ -13,6 +16,12 @@ from refold.web import server
 from refold.web.app import App
 from refold.web.auth.access import EVENTS
 from refold.web.auth.choice import authority
+
+log = structlog.get_logger(__name__)
+
+#: Seconds that closing the store may take, after those that requests under way had: what still waits then waits for a
+#: database that doesn't answer, and nobody waits for it.
+_CLOSE_SECONDS = 2.0
 
 
 def make(settings: Settings) -> App:
@@ -34,14 +43,18 @@ def make(settings: Settings) -> App:
         try:
             yield
         finally:
-            await api.store.close()
+            try:
+                async with asyncio.timeout(_CLOSE_SECONDS):
+                    await api.store.close()
+            except TimeoutError:
+                log.warning("The database doesn't answer; what waits for it has no outcome, and is left")
 
     return App(
         "Refold event store",
         api.operations(),
         authority=authority(settings.auth),
         kind=EVENTS,
-        resource=http_asked.stream,
+        resource=http_asked.resource,
         ready=ready,
         lifespan=lifespan,
         stop=lambda: api.store.end_watches(),

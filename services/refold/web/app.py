@@ -1,4 +1,4 @@
-"""The ASGI application of a service: Starlette's router, and around it what holds for every request.
+"""The ASGI application of a service: which handler answers, and what holds for every request.
 
 - Routes match on the raw path (see `paths`).
 - `/healthz` and `/readyz` are open; for everything else the caller has to be known first, so that one without
@@ -9,22 +9,23 @@
   nothing about it.
 - Requests are counted and timed by route.
 
-It is one class and not a stack of middlewares, since each of these costs a call and a closure for every request.
+It is one class and not Starlette's router under a stack of middlewares: each layer costs calls and closures for every
+request, which are a good part of what an append costs.
 """
 
+import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
-from http import HTTPStatus
-from typing import Any
+from typing import NamedTuple
 
 import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, Histogram, generate_latest
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route, Router
-from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
+from starlette.routing import Router
+from starlette.types import Lifespan, Receive, Scope, Send
 
 from refold.web import openapi
 from refold.web.auth.access import METRICS, Authority, PathAccess, ResourceAccess, Verb
@@ -40,6 +41,36 @@ _REQUESTS = Histogram(
 )
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _OPEN = frozenset({"/healthz", "/readyz"})
+_STOPPED = Problem(
+    503,
+    "stopped",
+    "Stopped",
+    "the service was stopped before this was done; whether the request took effect is unknown",
+    retry_after=1,
+)
+_PARAMETER = re.compile(r"\\{(\w+)\\}")  # as re.escape leaves it
+
+
+class _Endpoint(NamedTuple):
+    """What answers a method on a path, and the verb that the caller needs on the request's resource, if any."""
+
+    handler: Callable[[Request], Awaitable[Response]]
+    verb: Verb | None = None
+
+
+class _Route(NamedTuple):
+    """What is served at one path (a template), by method."""
+
+    path: str
+    pattern: re.Pattern[str]
+    endpoints: Mapping[str, _Endpoint]
+
+    @classmethod
+    def of(cls, path: str, endpoints: Mapping[str, _Endpoint]) -> "_Route":
+        """Return a route; HEAD is served as GET."""
+        if "GET" in endpoints:
+            endpoints = {**endpoints, "HEAD": endpoints["GET"]}
+        return cls(path, re.compile(_PARAMETER.sub(r"(?P<\1>[^/]+)", re.escape(path))), endpoints)
 
 
 class App:
@@ -47,10 +78,10 @@ class App:
 
     Args:
         title: of the OpenAPI description.
-        operations: what is served besides the probes, `/metrics` and `/openapi.json`.
+        operations: what is served besides the probes, `/metrics` and `/openapi.json`; those asked for most come first.
         authority: decides on every request but the probes; entered before and left after `lifespan`.
         resource: tells which resource (namespace and name) a request for one of `operations` is about. What it raises
-            is the answer: 400 or 404 for what no resource can be called.
+            is the answer: 400 or 404 for what no resource can be called. Handlers find it in `scope["resource"]`.
         kind: what rights are given on, `EVENTS` or `ROWS` of `auth.access`.
         ready: returns None where the service can do its work now, else what it lacks; asked by `/readyz`.
         lifespan: entered before the first request is accepted, left after the last was answered; given this App.
@@ -70,6 +101,8 @@ class App:
         stop: Callable[[], None] = lambda: None,
     ) -> None:
         self._authority = authority
+        self._kind = kind
+        self._resource = resource
         self.stop = stop
         self._ready = ready
         self._timers: dict[tuple[str, str, int], Histogram] = {}  # finding a labelled child costs more than observing
@@ -79,112 +112,97 @@ class App:
             return Response(description, media_type="application/json")
 
         # One route a path, so that 405 names all its methods.
-        served: dict[str, dict[str, ASGIApp]] = {}
+        served: dict[str, dict[str, _Endpoint]] = {}
         for one in operations:
-            handlers = served.setdefault(one.path, {})
-            handlers[one.method] = _Guarded(one.handler, one.verb, kind, resource)
-
-        routes = [
-            *(Route(path, _Methods(handlers), methods=list(handlers)) for path, handlers in served.items()),
-            Route("/openapi.json", _Endpoint(describe), methods=["GET"]),
-            Route(METRICS, _Endpoint(_metrics), methods=["GET"]),
-            Route("/healthz", _Endpoint(_healthy), methods=["GET"]),
-            Route("/readyz", _Endpoint(self._answer_ready), methods=["GET"]),
-        ]
+            served.setdefault(one.path, {})[one.method] = _Endpoint(one.handler, one.verb)
+        for path, handler in {
+            "/openapi.json": describe,
+            METRICS: _metrics,
+            "/healthz": _healthy,
+            "/readyz": self._answer_ready,
+        }.items():
+            served[path] = {"GET": _Endpoint(handler)}
+        self._routes = [_Route.of(path, endpoints) for path, endpoints in served.items()]
 
         @asynccontextmanager
         async def entered(app: App) -> AsyncIterator[None]:
             async with authority, nullcontext() if lifespan is None else lifespan(app):
                 yield
 
-        self._router = Router(routes, redirect_slashes=False, lifespan=entered)
+        self._lifespan = Router(lifespan=entered)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection scope."""
-        scope["app"] = self
         if scope["type"] != "http":
-            await self._router(scope, receive, send)
+            scope["app"] = self
+            await self._lifespan(scope, receive, send)
             return
-        scope["path"] = scope["raw_path"].decode("ascii")
         begin = time.perf_counter()
-        status = 0
-
-        async def sender(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
+        route = None
+        status = 499  # nobody is left to be answered; the number is what proxies log for it
         try:
-            if scope["path"] not in _OPEN:
-                scope["caller"] = await self._authority.caller(scope)
-            await self._router(scope, receive, sender)
-        except ClientDisconnect:
-            status = status or 499  # nobody is left to be answered; the number is what proxies log for it
-        except Exception as error:
-            if status:
+            try:
+                route = self._find(scope)
+                response = await self._answer(route, scope, receive)
+            except ClientDisconnect:
+                return
+            except asyncio.CancelledError:  # only the end of the process's patience does this
+                response = _STOPPED.response()
+            except Exception as error:  # noqa: BLE001 (logged, and answered without its details)
+                response = _as_problem(error, scope).response()
+            status = response.status_code
+            try:
+                await response(scope, receive, send)
+            except ClientDisconnect:
+                return
+            except Exception:
                 log.exception("An answer broke off", method=scope["method"], path=scope["path"])
                 raise  # uvicorn closes the connection, so that the caller sees it
-            await _as_problem(error, scope).response()(scope, receive, sender)
         finally:
-            route = scope.get("route")
             method = scope["method"] if scope["method"] in _METHODS else "other"
-            labels = (method, route.path if isinstance(route, Route) else "none", status)
+            labels = (method, "none" if route is None else route.path, status)
             timer = self._timers.get(labels)
             if timer is None:
                 timer = self._timers[labels] = _REQUESTS.labels(*map(str, labels))
             timer.observe(time.perf_counter() - begin)
+
+    def _find(self, scope: Scope) -> _Route | None:
+        """Return the route of a request's path, and note what its parameters are."""
+        scope["path"] = path = scope["raw_path"].decode("ascii")
+        for route in self._routes:
+            match = route.pattern.fullmatch(path)
+            if match is not None:
+                scope["path_params"] = match.groupdict()
+                return route
+        return None
+
+    async def _answer(self, route: _Route | None, scope: Scope, receive: Receive) -> Response:
+        """Return the answer to a request, once it is known that the caller may have it."""
+        path, method = scope["path"], scope["method"]
+        if path not in _OPEN:
+            scope["caller"] = await self._authority.caller(scope)
+        if route is None:
+            raise Problem(404, "not-found", "Not Found", f"nothing is served at {path}")
+        endpoint = route.endpoints.get(method)
+        if endpoint is None:
+            raise Problem(
+                405,
+                "method-not-allowed",
+                "Method Not Allowed",
+                f"{method} isn't served at {path}",
+                headers={"allow": ", ".join(route.endpoints)},
+            )
+        request = Request(scope, receive)
+        if endpoint.verb is not None:
+            scope["resource"] = resource = self._resource(request)
+            await scope["caller"].require(ResourceAccess(endpoint.verb, self._kind, *resource))
+        return await endpoint.handler(request)
 
     async def _answer_ready(self, _: Request) -> Response:
         lacking = await self._ready()
         if lacking is not None:
             raise Problem(503, "not-ready", "Not ready", lacking, retry_after=1)
         return Response(b"ok\n", media_type="text/plain")
-
-
-class _Endpoint:
-    """A handler as the ASGI application of a route, without Starlette's own handling of errors, which `App` does."""
-
-    def __init__(self, handler: Callable[[Request], Awaitable[Response]]) -> None:
-        self._handler = handler
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = await self._handler(Request(scope, receive, send))
-        await response(scope, receive, send)
-
-
-class _Methods:
-    """What is served at one path, by method; HEAD as GET."""
-
-    def __init__(self, handlers: Mapping[str, ASGIApp]) -> None:
-        self._handlers = dict(handlers)
-        if "GET" in handlers:
-            self._handlers["HEAD"] = handlers["GET"]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._handlers[scope["method"]](scope, receive, send)
-
-
-class _Guarded:
-    """A handler of an operation: called where the caller has the operation's right on the request's resource."""
-
-    def __init__(
-        self,
-        handler: Callable[[Request], Awaitable[Response]],
-        verb: Verb,
-        kind: str,
-        resource: Callable[[Request], tuple[str, str]],
-    ) -> None:
-        self._handler = handler
-        self._verb = verb
-        self._kind = kind
-        self._resource = resource
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive, send)
-        await scope["caller"].require(ResourceAccess(self._verb, self._kind, *self._resource(request)))
-        response = await self._handler(request)
-        await response(scope, receive, send)
 
 
 async def _healthy(_: Request) -> Response:
@@ -199,18 +217,7 @@ async def _metrics(request: Request) -> Response:
 def _as_problem(error: Exception, scope: Scope) -> Problem:
     if isinstance(error, Problem):
         return error
-    asked: dict[str, Any] = {"method": scope["method"], "path": scope["path"]}
-    if isinstance(error, HTTPException):
-        phrase = HTTPStatus(error.status_code).phrase
-        details = {404: "nothing is served at {path}", 405: "{method} isn't served at {path}"}
-        return Problem(
-            error.status_code,
-            phrase.lower().replace(" ", "-"),
-            phrase,
-            details.get(error.status_code, error.detail).format(**asked),
-            headers=error.headers,
-        )
-    log.error("A request failed unexpectedly", **asked, exc_info=error)
+    log.error("A request failed unexpectedly", method=scope["method"], path=scope["path"], exc_info=error)
     return Problem(
         500,
         "internal-error",

@@ -7,11 +7,26 @@ from starlette.requests import ClientDisconnect, Request
 from refold.web.problems import Problem
 
 
-async def read(request: Request, limit: int, setting: str) -> bytes:
+class Room:
+    """What bodies that are still arriving may take together.
+
+    Args:
+        limit: in bytes; beyond, the body that would take more is refused.
+        setting: names the limit in messages.
+    """
+
+    def __init__(self, limit: int, setting: str) -> None:
+        self.limit = limit
+        self.setting = setting
+        self.taken = 0
+
+
+async def read(request: Request, limit: int, setting: str, room: Room) -> bytes:
     """Return the whole body of `request`; `setting` names the `limit` in messages.
 
     Raises:
-        Problem: 413 where it is over `limit` bytes; where its length was announced, nothing of it is read.
+        Problem: 413 where it is over `limit` bytes; where its length was announced, nothing of it is read. 503 where
+            there is no room for it beside the others that are arriving.
     """
     for name, value in request.scope["headers"]:
         if name == b"content-length" and int(value) > limit:
@@ -19,17 +34,23 @@ async def read(request: Request, limit: int, setting: str) -> bytes:
     chunks: list[bytes] = []
     size = 0
     # Not request.stream(): most bodies come in one piece, for which a generator is a good part of the whole cost.
-    while True:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        chunk: bytes = message.get("body", b"")
-        size += len(chunk)
-        if size > limit:
-            raise _too_large(f"the body is larger than {setting}, which is {limit} bytes", limit)
-        if not message.get("more_body", False):
-            return b"".join((*chunks, chunk)) if chunks else chunk
-        chunks.append(chunk)
+    try:
+        while True:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            chunk: bytes = message.get("body", b"")
+            if size + len(chunk) > limit:
+                raise _too_large(f"the body is larger than {setting}, which is {limit} bytes", limit)
+            if not message.get("more_body", False):
+                return b"".join((*chunks, chunk)) if chunks else chunk
+            if room.taken + len(chunk) > room.limit:
+                raise _no_room(room)
+            room.taken += len(chunk)
+            size += len(chunk)
+            chunks.append(chunk)
+    finally:
+        room.taken -= size
 
 
 async def lines(request: Request, limit: int, setting: str) -> AsyncIterator[tuple[int, bytes]]:
@@ -71,6 +92,17 @@ async def lines(request: Request, limit: int, setting: str) -> AsyncIterator[tup
 
 def _too_large(detail: str, limit: int) -> Problem:
     return Problem(413, "body-too-large", "Body too large", f"{detail}; send less at once", limit=limit)
+
+
+def _no_room(room: Room) -> Problem:
+    return Problem(
+        503,
+        "overloaded",
+        "Overloaded",
+        f"bodies of {room.taken} bytes are arriving, {room.setting} is {room.limit}; this one wasn't read, try again a "
+        "little later",
+        retry_after=1,
+    )
 
 
 def _line_too_large(number: int, limit: int, setting: str) -> Problem:

@@ -1,22 +1,21 @@
 """Running an application with uvicorn: one process, uvloop and httptools, bounded request heads, a graceful end."""
 
+import contextlib
+import resource
 import signal
 import socket
-from http import HTTPStatus
+import time
 from types import FrameType
+from typing import cast
 
-import msgspec
 import structlog
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from refold.web.app import App
-from refold.web.problems import MEDIA_TYPE, Problem
+from refold.web.protocol import Protocol
 
 log = structlog.get_logger(__name__)
 
-#: Bytes that a request's first line and headers may take together; a subject of 512 bytes takes at most 1,536 of them.
-MAX_HEAD_BYTES = 65536
 #: Seconds that requests under way have on SIGTERM; below Kubernetes' default grace of 30 s before SIGKILL.
 GRACE_SECONDS = 25
 #: Seconds that an idle connection is kept: longer than the pauses of usual clients' pools, which else meet a closing
@@ -40,7 +39,7 @@ def make(app: App) -> uvicorn.Server:
         uvicorn.Config(
             app,
             loop="uvloop",
-            http=_Protocol,
+            http=Protocol,
             ws="none",
             lifespan="on",
             log_config=None,
@@ -48,7 +47,6 @@ def make(app: App) -> uvicorn.Server:
             proxy_headers=False,
             server_header=False,
             backlog=2048,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=GRACE_SECONDS,
         ),
     )
@@ -63,6 +61,10 @@ def run(app: App, port: int) -> None:
     # uvicorn raises the signal again when it is done, which would end the process by the signal and not with exit code
     # 0.
     signal.signal(signal.SIGTERM, _done)
+    # Each connection is an open file; the usual limit of 1,024 is for programs that can't have more.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS has a limit of its own below "infinity"
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with listen(port) as sock:
         log.info("Serving", port=port)
         make(app).run(sockets=[sock])
@@ -74,55 +76,20 @@ def _done(_signal: int, _frame: FrameType | None) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which tells the application of a stop before it waits for what is under way."""
+    """uvicorn's server: closes idle connections, and tells the application of a stop before it waits for requests."""
 
     def __init__(self, app: App, config: uvicorn.Config) -> None:
         super().__init__(config)
         self._app = app
 
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # every second
+            long_ago = time.monotonic() - KEEP_ALIVE_SECONDS
+            for connection in cast("list[Protocol]", list(self.server_state.connections)):
+                if connection.idle_since is not None and connection.idle_since < long_ago:
+                    connection.transport.close()
+        return await super().on_tick(counter)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.stop()
         await super().shutdown(sockets)
-
-
-class _Protocol(HttpToolsProtocol):
-    """uvicorn's protocol with two of our rules: a request's head is bounded, and a refused one is a problem too."""
-
-    _in_head = True
-    _head_bytes = 0
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._in_head and not self.transport.is_closing():
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self._refuse(
-                    431,
-                    "head-too-large",
-                    "Request head too large",
-                    f"the request's first line and headers are over {MAX_HEAD_BYTES} bytes",
-                )
-
-    def on_message_begin(self) -> None:
-        self._in_head = True
-        self._head_bytes = 0
-        super().on_message_begin()
-        self.scope["state"]["transport"] = self.transport  # for answers without an end, which may have to be cut
-
-    def on_headers_complete(self) -> None:
-        self._in_head = False
-        super().on_headers_complete()
-
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 (uvicorn's own words for it)
-        self._refuse(
-            400, "invalid-http", "Invalid HTTP", "the request isn't valid HTTP/1.1; is its path percent-encoded?"
-        )
-
-    def _refuse(self, status: int, slug: str, title: str, detail: str) -> None:
-        body = msgspec.json.encode(Problem(status, slug, title, detail).body())
-        head = (
-            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: {MEDIA_TYPE}\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        )
-        self.transport.write(head.encode() + body)
-        self.transport.close()
