@@ -34,13 +34,19 @@ _ALL = re.compile(r"[0-9a-f]{16}(\.(0|[1-9][0-9]{0,18}))+", re.ASCII)
 
 def encode(positions: Iterable[Position]) -> str:
     """Return the token of `positions`; of two in the same partition the later stands."""
+    found = list(positions)
+    if len(found) > 1:
+        found = _latest(found)
+    return binascii.b2a_base64(_encoder.encode(found), newline=False).translate(_URL_SAFE, b"=").decode()
+
+
+def _latest(positions: list[Position]) -> list[Position]:
     latest: dict[tuple[str, int], Position] = {}
     for position in positions:
         known = latest.get((position.incarnation, position.partition))
         if known is None or known.position < position.position:
             latest[position.incarnation, position.partition] = position
-    text = _encoder.encode(sorted(latest.values()) if len(latest) > 1 else list(latest.values()))
-    return binascii.b2a_base64(text, newline=False).translate(_URL_SAFE, b"=").decode()
+    return sorted(latest.values())
 
 
 def encode_all(incarnation: str, positions: Iterable[int]) -> str:
