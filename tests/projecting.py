@@ -28,7 +28,7 @@ from confluent_kafka import ConsumerGroupTopicPartitions, Producer, TopicPartiti
 from confluent_kafka.admin import AdminClient, NewTopic
 from psycopg import AsyncConnection, sql
 from refold import names
-from refold.events import Event, headers
+from refold.events import Event
 from refold.eventstore import catalog
 from refold.partitioning import partition_of
 from refold.projection.definition import Column, Definition, FoldRule, StreamRef, VersionDefinition, version_of
@@ -37,6 +37,7 @@ from refold.projection.readstore import ProjectionStatus, postgres
 from refold.projection.settings import Settings
 
 from hack.servers import Kafka
+from tests.records import headers
 
 ROOT = Path(__file__).parents[1]
 NAMESPACE = "shop"

@@ -10,6 +10,8 @@ import hashlib
 APPENDED_CHANNEL = "refold_appended"
 #: The first of the two int4 keys of every advisory lock of a relay shard ("Refo"); the second is the shard.
 RELAY_LOCK = 0x5265666F
+#: In place of the shard: the lock that each relay holds in share mode, so that they know how many they are.
+RELAY_PRESENCE = 0x7FFFFFFF
 #: The name of a consumer group that the relay reads its checkpoints with, without joining it.
 RELAY_GROUP = "refold.relay"
 _PG_IDENTIFIER_BYTES = 63

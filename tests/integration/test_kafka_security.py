@@ -319,7 +319,7 @@ def test_each_right_of_the_relay_is_needed_and_all_together_are_enough(world: Wo
             producer.begin()
             producer.send(world.orders.topic, 0, b"probe", b"{}")
             producer.send(made, 0, *checkpoint.encode("probe", 0, checkpoint.Checkpoint(1, "id")))
-            producer.commit(lambda: ())
+            producer.commit(lambda _: ())
         finally:
             producer.close()
         end = topics.high_watermark(made, 0)

@@ -10,13 +10,13 @@ from prometheus_client import REGISTRY
 from psycopg import AsyncConnection
 from psycopg.conninfo import make_conninfo
 from refold import names
-from refold.events import headers
 from refold.eventstore import roles
 from refold.projection.definition import Column, Definition, FoldRule
 from refold.projection.readstore import postgres as readstore
 
 from hack.servers import Kafka, Postgres
 from tests.projecting import CUSTOMERS, ORDERS, ReadModel, World, fold_customers, fold_orders, random_events, until
+from tests.records import headers
 
 
 @pytest.fixture

@@ -10,8 +10,10 @@ from cloudevents.core.bindings.kafka import KafkaMessage, from_binary
 from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
 from refold import events
-from refold.events import Event, from_record, headers
+from refold.events import Event, from_record
 from refold.eventstore.appends import MAX_DEPTH
+
+from tests.records import headers
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b9c7c989f97918e1-01"
 

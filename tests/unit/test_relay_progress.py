@@ -100,3 +100,18 @@ def test_a_checkpoint_survives_its_record() -> None:
 def test_a_foreign_record_in_the_checkpoint_topic_is_an_error(key: bytes, value: bytes) -> None:
     with pytest.raises(CheckpointTopicError):
         decode(key, value)
+
+
+def test_a_record_is_proven_to_stand_in_the_topic_only_by_a_known_one_before_it() -> None:
+    known = progress((5, 5, 5), [0, 0, 0])
+    assert not known.proven(0, 7)
+    known.offsets[0] = 6
+    assert known.proven(0, 7)
+    assert not known.proven(0, 6)
+    assert not known.proven(0, 0)
+    assert not known.proven(0, None)
+    assert not known.proven(1, 7)
+    known.placed(TOPIC, [0, 0, 0])
+    assert not known.proven(0, 7)
+    known.offsets[0] = 6
+    assert not known.dropped().proven(0, 7)

@@ -5,7 +5,9 @@ import datetime as dt
 import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
-from refold.events import Event, from_record, headers
+from refold.events import Event, Headers, from_record
+
+from tests.records import headers, microseconds
 
 text = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=40)
 times = st.datetimes(dt.datetime(1970, 1, 2), dt.datetime(9999, 12, 30), timezones=st.just(dt.UTC))
@@ -36,6 +38,14 @@ def test_times_always_have_six_digits_of_a_second(time: dt.datetime) -> None:
     found = dict(headers(event, namespace="shop", name="orders", incarnation="f" * 16))["ce_time"].decode()
     assert found == time.strftime("%Y-%m-%dT%H:%M:%S.%fZ").rjust(len(found), "0")
     assert len(found) == len("2026-01-31T23:59:59.000000Z")
+
+
+@given(st.lists(times, min_size=1, max_size=5))
+def test_events_of_any_times_one_after_the_other_have_each_its_own(found: list[dt.datetime]) -> None:
+    made = Headers(namespace="shop", name="orders", incarnation="f" * 16)
+    for time in found:
+        text = dict(made.of(1, b"s", 1, b"i", b"T", microseconds(time), None))["ce_time"].decode()
+        assert dt.datetime.fromisoformat(text) == time
 
 
 def test_the_source_percent_encodes_the_subject() -> None:

@@ -29,6 +29,7 @@ class Progress:
         heads: as last read.
         topic: the topic that `positions` stand in; None until it was looked up.
         positions: what stands in the topic, committed, by partition.
+        offsets: by partition, the Kafka offset of a record that is known to stand in `topic`.
         batch: how many events its next transaction may hold. Below FULL_BATCH the stream is relayed alone: it was part
             of an aborted transaction. It grows with each success and falls to 1 with a failure; a failure at 1 is the
             stream's own.
@@ -41,6 +42,7 @@ class Progress:
     heads: Heads
     topic: Topic | None = None
     positions: list[int] = field(default_factory=list)
+    offsets: dict[int, int] = field(default_factory=dict)
     batch: int = FULL_BATCH
     refusal: Refusal | None = None
     failures: int = 0
@@ -68,7 +70,20 @@ class Progress:
 
     def dropped(self) -> "Progress":
         """Return what may be kept when the shard is lost: how the stream is treated, nothing of where it stands."""
-        return replace(self, topic=None, positions=[])
+        return replace(self, topic=None, positions=[], offsets={})
+
+    def placed(self, topic: Topic, positions: list[int]) -> None:
+        """Note that `positions` stand in `topic`."""
+        self.topic, self.positions, self.offsets = topic, positions, {}
+
+    def proven(self, partition: int, offset: int | None) -> bool:
+        """Tell whether a record that was delivered at `offset` stands in `topic`, without asking.
+
+        A topic that was created again begins at offset 0, and nobody but this owner of the shard writes to it: so a
+        record that comes after a known one stands where that stands.
+        """
+        known = self.offsets.get(partition)
+        return known is not None and offset is not None and offset > known
 
     def due(self, now: float) -> bool:
         """Whether its topic is to be looked up before it goes on."""

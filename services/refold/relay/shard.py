@@ -13,6 +13,7 @@ and later.
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import psycopg
@@ -27,6 +28,7 @@ from refold.relay.lock import Locks
 from refold.relay.producer import LostError, TransactionalProducer
 from refold.relay.progress import Progress
 from refold.relay.pulse import Pulse
+from refold.relay.source import Heads
 from refold.relay.tenure import Tenure
 from refold.relay.topics import Topics
 from refold.relay.wake import Mailbox, View
@@ -47,7 +49,7 @@ class Target:
 
 
 class Shard(threading.Thread):
-    """Relays a shard whenever its lock is held, until stopped."""
+    """Relays a shard whenever its lock is held and to be kept, until stopped."""
 
     def __init__(self, number: int, target: Target, locks: Locks, mailbox: Mailbox, pulse: Pulse) -> None:
         """`mailbox` is posted to by the watcher and when the lock is taken."""
@@ -70,7 +72,8 @@ class Shard(threading.Thread):
         failures = 0
         while not self._stop_asked.is_set():
             self._pulse.beat(self.name)
-            if not self._locks.holds(self.number):
+            if not self._locks.wants(self.number):
+                self._locks.leave(self.number)
                 self._receive(1.0)
                 continue
             begin = time.monotonic()
@@ -91,10 +94,11 @@ class Shard(threading.Thread):
                     exc_info=None if foreseen else error,
                 )
                 self._stop_asked.wait(delay)
+        self._locks.leave(self.number)
         self._pulse.end(self.name)
 
     def _own(self) -> None:
-        """Take over and relay until the process stops; a lost lock is an exception."""
+        """Take over and relay until the process stops or has too many shards; a lost lock is an exception."""
         target, started = self._target, time.monotonic()
         topic = target.checkpoints.ensure()
         producer = TransactionalProducer(
@@ -127,6 +131,7 @@ class Shard(threading.Thread):
                         checkpoints=found,
                         checkpoint_topic=topic,
                         topics=target.topics,
+                        mailbox=self._mailbox,
                         former=self._former,
                     )
                 )
@@ -142,11 +147,14 @@ class Shard(threading.Thread):
             wait = 0.0
             while not self._stop_asked.is_set():
                 self._check()
+                if not self._locks.wants(self.number):
+                    self._log.info("The shard is left to another relay")
+                    return
                 former = self._view
-                streams = self._receive(wait)
+                heads = self._receive(wait)
                 if self._view is not None and self._view is not former:
                     tenure.adopt(self._view)
-                tenure.refresh(streams)
+                tenure.note(heads)
                 wait = tenure.work()
                 self.running = True
         finally:
@@ -159,9 +167,9 @@ class Shard(threading.Thread):
         if not self._locks.holds(self.number):
             raise LostError("the shard's lock was lost")
 
-    def _receive(self, timeout: float) -> set[int]:
-        """Wait to be woken; keep the newest view, return the streams that have new events."""
-        view, streams = self._mailbox.take(timeout)
+    def _receive(self, timeout: float) -> Mapping[int, Heads]:
+        """Wait to be woken; keep the newest view, return the heads that were read since."""
+        view, heads = self._mailbox.take(timeout)
         if view is not None:
             self._view = view
-        return streams
+        return heads

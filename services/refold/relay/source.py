@@ -1,4 +1,4 @@
-"""What the relay reads from the event store: the catalog, heads and events. It only selects, in short transactions.
+"""What the relay asks the event store: the catalog, heads, events and locks. It only selects, in short transactions.
 
 Positions of a partition are gapless and in commit order (an append holds the head's lock until it commits), so a
 snapshot that shows head `n` shows every event from 1 to `n`, and to resume is to read what is after a position.
@@ -7,17 +7,18 @@ snapshot that shows head `n` shows every event from 1 to `n`, and to resume is t
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
-import msgspec
 import psycopg
 from psycopg import sql
+from psycopg.types.numeric import Int8BinaryLoader
+from psycopg.types.string import ByteaBinaryLoader
 
-from refold.events import Event
+from refold import names
 
 #: Partitions that one query reads at most: each costs planning time and locks in PostgreSQL.
 MAX_PARTITIONS_PER_QUERY = 64
-_CHUNK_ROWS = 500
+_CHUNK_ROWS = 1_000
 
 _OPTIONS = {
     # Short reads: whatever takes longer is refused and retried, and never holds back vacuum.
@@ -28,6 +29,7 @@ _OPTIONS = {
     "max_parallel_workers_per_gather": "0",
     "jit": "off",
     "timezone": "UTC",
+    "client_encoding": "UTF8",
 }
 
 
@@ -54,6 +56,21 @@ Heads = tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class Look:
+    """What a look at the store found: the active streams by number with their heads, and where the locks are.
+
+    Attributes:
+        streams: by number.
+        relays: how many are there, this one included.
+        locked: shards that the look locked.
+    """
+
+    streams: dict[int, tuple[Stream, Heads]]
+    relays: int
+    locked: list[int]
+
+
+@dataclass(frozen=True)
 class Want:
     """Events to read: at most `limit` of one partition after a position."""
 
@@ -61,6 +78,15 @@ class Want:
     partition: int
     after: int
     limit: int
+
+
+#: An event as PostgreSQL sends it, since millions pass through here: index of the want, position, subject, revision,
+#: id, type, `recorded_at` in microseconds since 2000, data and metadata. Texts are UTF-8, and the last two are jsonb in
+#: its binary format: a byte (its version, 1), then JSON text.
+Row = tuple[int, int, bytes, int, bytes, bytes, int, bytes, bytes | None]
+_JSONB_VERSION = 1
+#: From 1970 to 2000, in microseconds.
+EPOCH = 946_684_800_000_000
 
 
 def connect(dsn: str, purpose: str, **options: str) -> psycopg.Connection:
@@ -92,16 +118,70 @@ def store_id(connection: psycopg.Connection) -> str:
     return str(row[0])
 
 
-def catalog(connection: psycopg.Connection) -> dict[int, tuple[Stream, Heads]]:
-    """Return all active streams by number, with their heads, in one query."""
+def look(connection: psycopg.Connection, *, shards: int, held: int, free: Sequence[int]) -> Look:
+    """Read all there is to know, and lock what is free, in one query: an idle store costs no other.
+
+    Args:
+        connection: the session that holds the locks, on which `enter` was called.
+        shards: how many there are.
+        held: how many of them the session holds.
+        free: those to try to lock, until the session holds its share; none at 0 shards.
+    """
     rows = connection.execute(
-        """select s.stream, s.namespace, s.name, s.incarnation, s.schema, s.partitions, s.topic,
+        """with there as (
+             select greatest(count(*), 1) as relays from pg_locks
+             where locktype = 'advisory' and classid = %(lock)s and objid = %(presence)s and objsubid = 2
+               and database = (select oid from pg_database where datname = current_database())
+           ), locked as materialized (
+             select shard from unnest(%(free)s::int4[]) shard where pg_try_advisory_lock(%(lock)s, shard)
+             limit (select greatest(0, (%(shards)s + relays - 1) / relays - %(held)s) from there)
+           )
+           select null, null, null, null, null, (select relays from there)::int4, null,
+                  (select coalesce(array_agg(shard::int8), '{}') from locked)
+           union all
+           select s.stream, s.namespace, s.name, s.incarnation, s.schema, s.partitions, s.topic,
                   array_agg(h.head order by h.partition)
            from refold.streams s join refold.heads h using (stream)
            where s.state = 'active' group by s.stream""",
+        {
+            "lock": names.RELAY_LOCK,
+            "presence": names.RELAY_PRESENCE,
+            "free": list(free),
+            "shards": shards,
+            "held": held,
+        },
         binary=True,
     ).fetchall()
-    return {row[0]: (Stream(*row[:7]), tuple(row[7])) for row in rows}
+    streams, relays, locked = {}, 1, []
+    for row in rows:
+        if row[0] is None:
+            relays, locked = row[5], row[7]
+        else:
+            streams[row[0]] = Stream(*row[:7]), tuple(row[7])
+    return Look(streams, relays, locked)
+
+
+def enter(connection: psycopg.Connection) -> None:
+    """Be counted as a relay as long as the session lasts."""
+    connection.execute("select pg_advisory_lock_shared(%s, %s)", [names.RELAY_LOCK, names.RELAY_PRESENCE])
+
+
+def leave(connection: psycopg.Connection) -> None:
+    """No longer be counted."""
+    connection.execute("select pg_advisory_unlock_shared(%s, %s)", [names.RELAY_LOCK, names.RELAY_PRESENCE])
+    _tell_all(connection)
+
+
+def unlock(connection: psycopg.Connection, shards: Iterable[int]) -> None:
+    """Free the locks of `shards`, and let all relays look at once."""
+    connection.execute(
+        "select pg_advisory_unlock(%s, shard) from unnest(%s::int4[]) shard", [names.RELAY_LOCK, list(shards)]
+    )
+    _tell_all(connection)
+
+
+def _tell_all(connection: psycopg.Connection) -> None:
+    connection.execute("select pg_notify(%s, '')", [names.APPENDED_CHANNEL])
 
 
 def heads(connection: psycopg.Connection, streams: Iterable[int]) -> dict[int, Heads]:
@@ -115,7 +195,7 @@ def heads(connection: psycopg.Connection, streams: Iterable[int]) -> dict[int, H
     return {stream: tuple(found) for stream, found in rows}
 
 
-def events(connection: psycopg.Connection, wants: Sequence[Want], *, max_bytes: int) -> tuple[list[list[Event]], bool]:
+def events(connection: psycopg.Connection, wants: Sequence[Want], *, max_bytes: int) -> tuple[list[list[Row]], bool]:
     """Read the events of all `wants` in one query.
 
     Returns:
@@ -125,12 +205,12 @@ def events(connection: psycopg.Connection, wants: Sequence[Want], *, max_bytes: 
     Raises:
         psycopg.Error: with more than one want it isn't known whose table is the reason.
     """
-    result: list[list[Event]] = [[] for _ in wants]
+    result: list[list[Row]] = [[] for _ in wants]
     query = sql.SQL(" union all ").join(
         sql.SQL(
-            "(select {index}::int4, position, subject, revision, id, type, recorded_at, convert_to(data::text, 'UTF8'),"
-            " convert_to(metadata::text, 'UTF8') from {schema}.events where partition = {partition}"
-            " and position > {after} order by position limit {limit})"
+            "(select {index}::int4, position, subject, revision, id, type, recorded_at, data, metadata"
+            " from {schema}.events where partition = {partition} and position > {after}"
+            " order by position limit {limit})"
         ).format(
             index=index,
             schema=sql.Identifier(want.stream.schema),
@@ -141,19 +221,18 @@ def events(connection: psycopg.Connection, wants: Sequence[Want], *, max_bytes: 
         for index, want in enumerate(wants)
     )
     size = 0
-    with (
-        connection.cursor(binary=True) as cursor,
+    with connection.cursor(binary=True) as cursor:
+        for kind in ("text", "jsonb"):
+            cursor.adapters.register_loader(kind, ByteaBinaryLoader)
+        cursor.adapters.register_loader("timestamptz", Int8BinaryLoader)
         # closed early it cancels the query
-        closing(cast("Generator[tuple[Any, ...]]", cursor.stream(query, size=_CHUNK_ROWS))) as rows,
-    ):
-        for index, position, subject, revision, id_, type_, time, data, metadata in rows:
-            result[index].append(
-                Event(
-                    wants[index].partition, position, subject, revision, id_, type_, time, msgspec.Raw(data),
-                    None if metadata is None else msgspec.Raw(metadata),
-                )
-            )  # fmt: skip
-            size += len(data) + (0 if metadata is None else len(metadata))
-            if size >= max_bytes:
-                return result, False
+        with closing(cast("Generator[Row]", cursor.stream(query, size=_CHUNK_ROWS))) as rows:
+            for row in rows:
+                result[row[0]].append(row)
+                data, metadata = row[7], row[8]
+                if data[0] != _JSONB_VERSION:
+                    raise psycopg.NotSupportedError(f"PostgreSQL sends jsonb in version {data[0]} of its format")
+                size += len(data) + (0 if metadata is None else len(metadata))
+                if size >= max_bytes:
+                    return result, False
     return result, True

@@ -3,27 +3,28 @@
 Positions change only after a commit. An exception leaves this module for what concerns the whole shard (Kafka or
 PostgreSQL out of reach, fenced, lock lost); what concerns one stream becomes its refusal.
 
-While a transaction is committed the events of the next one are read, on a thread of the tenure's own. They count only
-if the positions are then what was expected.
+While the events of a transaction are sent and committed those of the next one are read, on a thread of the tenure's
+own. They count only if the positions are then what was expected.
 """
 
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import psycopg
 import structlog
 from confluent_kafka import KafkaError
 
-from refold.events import Event, headers
+from refold.events import Headers
 from refold.relay import backoff, checkpoint, metrics, progress, source
 from refold.relay.checkpoint import Checkpoint, Checkpoints
-from refold.relay.producer import AbortedError, LostError, TransactionalProducer, reason
+from refold.relay.producer import AbortedError, LostError, Offsets, TransactionalProducer, reason
 from refold.relay.progress import FULL_BATCH, Progress, Refusal
-from refold.relay.source import MAX_PARTITIONS_PER_QUERY, Stream, Want
+from refold.relay.source import MAX_PARTITIONS_PER_QUERY, Heads, Row, Stream, Want
 from refold.relay.topics import Topic, Topics
-from refold.relay.wake import View
+from refold.relay.wake import Mailbox, View
 
 _MAX_BATCH_BYTES = 16 << 20
 #: How often all topics are looked up, so that a recreated one is filled even while nothing is appended.
@@ -33,8 +34,8 @@ _IDLE_SECONDS = 1.0
 _AHEAD_EVENTS = 2_000
 
 #: A stream, what was wanted of one of its partitions, and the events, at least one.
-_Batch = tuple[Progress, Want, list[Event]]
-_Reading = Future[tuple[list[list[Event]], bool]]
+_Batch = tuple[Progress, Want, list[Row]]
+_Reading = Future[tuple[list[list[Row]], bool]]
 
 
 class Tenure:
@@ -47,6 +48,7 @@ class Tenure:
         checkpoints: all of the shard's.
         checkpoint_topic: where they are written, into the partition `shard`.
         topics: asks Kafka for topics.
+        mailbox: where heads come while a transaction is under way.
         former: what the tenure before this one knew, of which only the refusals and batches count.
     """
 
@@ -59,9 +61,11 @@ class Tenure:
         checkpoints: Checkpoints,
         checkpoint_topic: str,
         topics: Topics,
+        mailbox: Mailbox,
         former: Iterable[Progress] = (),
     ) -> None:
         self._shard, self._producer, self._connection, self._topics = shard, producer, connection, topics
+        self._mailbox = mailbox
         self._checkpoints, self._checkpoint_topic = checkpoints, checkpoint_topic
         self._streams = {known.stream.number: known.dropped() for known in former}
         for known in self._streams.values():
@@ -85,14 +89,23 @@ class Tenure:
                 self._streams[number] = Progress(stream, heads)
             else:
                 known.heads = heads
-        # The poll may be older than what was relayed since; only heads that are read now can prove a store behind.
-        self.refresh(number for number, known in self._streams.items() if known.behind)
+        self._prove(self._streams)
         for known in self._streams.values():
             metrics.LAG.labels(known.stream.label).set(known.waiting)
 
-    def refresh(self, numbers: Iterable[int]) -> None:
-        """Read the heads of these streams now."""
-        asked = [number for number in numbers if number in self._streams]
+    def note(self, heads: Mapping[int, Heads]) -> None:
+        """Note heads that were read since the last view, by the streams' numbers."""
+        noted = heads.keys() & self._streams.keys()
+        for number in noted:
+            self._streams[number].heads = heads[number]
+        self._prove(noted)
+
+    def _prove(self, numbers: Iterable[int]) -> None:
+        """Stop those of these streams whose store is behind the topic.
+
+        Heads that were given may be older than what was relayed since; only those that are read now prove it.
+        """
+        asked = [number for number in numbers if self._streams[number].behind]
         if not asked:
             return
         for number, heads in source.heads(self._connection, asked).items():
@@ -166,9 +179,8 @@ class Tenure:
                 "The topic is another one than before: it is filled again from history",
                 stream=stream.label, topic=stream.topic, topic_id=topic.id, former_ids=sorted(former),
             )  # fmt: skip
-        known.topic, known.positions = topic, result
-        if known.behind:
-            self.refresh([stream.number])
+        known.placed(topic, result)
+        self._prove([stream.number])
 
     def _relay(self, members: Sequence[Progress], limit: int) -> None:
         """Carry at most `limit` waiting events of `members` in one transaction."""
@@ -177,19 +189,20 @@ class Tenure:
             batches = self._read(progress.wants(members, limit, partitions=MAX_PARTITIONS_PER_QUERY))
         if not batches:
             return
+        reached = {
+            (known.stream.incarnation, want.partition): known.committed(want.after + len(events))
+            for known, want, events in batches
+        }
+        if limit == FULL_BATCH:
+            self._read_ahead(members, reached)
         with metrics.TRANSACTION.time():
             self._producer.begin()
             try:
                 for known, want, events in batches:
                     self._send(known.stream, want.partition, events)
-                reached = {
-                    (known.stream.incarnation, want.partition): known.committed(events[-1].position)
-                    for known, want, events in batches
-                }
                 self._send_checkpoints(reached)
-                if limit == FULL_BATCH:
-                    self._read_ahead(members, reached)
-                self._producer.commit(lambda: self._changed(batches))
+                with self._reading_next(members, reached) if limit == FULL_BATCH else nullcontext():
+                    offsets = self._commit(batches)
             except AbortedError as error:
                 self._aborted(batches, error)
                 return
@@ -199,7 +212,9 @@ class Tenure:
                 raise
         self._checkpoints.update(reached)
         for known, want, events in batches:
-            known.positions[want.partition] = events[-1].position
+            known.positions[want.partition] = want.after + len(events)
+            if (offset := offsets.get((known.stream.topic, want.partition))) is not None:
+                known.offsets[want.partition] = offset
             metrics.RELAYED.labels(known.stream.label).inc(len(events))
         for known in _members(batches):
             metrics.LAG.labels(known.stream.label).set(known.waiting)
@@ -208,11 +223,50 @@ class Tenure:
                 self._accept(known)
 
     def _read_ahead(self, members: Sequence[Progress], reached: Checkpoints) -> None:
-        """Begin to read what follows on a transaction under way, where it is worth it."""
+        """Begin to read what follows on a transaction, where it is worth it."""
         wanted = progress.wants(members, FULL_BATCH, partitions=MAX_PARTITIONS_PER_QUERY, reached=reached)
         if sum(want.limit for want in wanted) >= _AHEAD_EVENTS:
             reading = self._reader.submit(source.events, self._connection, wanted, max_bytes=_MAX_BATCH_BYTES)
             self._ahead = wanted, reading
+
+    @contextmanager
+    def _reading_next(self, members: Sequence[Progress], reached: Checkpoints) -> Iterator[None]:
+        """Read, while a transaction is committed, the first that is appended meanwhile."""
+        if self._ahead is not None:
+            yield
+            return
+        ended = threading.Event()
+
+        def read() -> tuple[list[Want], _Reading]:
+            heads = self._mailbox.take_heads(ended)
+            now, sound = time.monotonic(), dict.fromkeys(known.stream.number for known in members)
+            for number, head in heads.items():
+                if (known := self._streams.get(number)) is not None:
+                    known.heads = head
+                    if known.ready(now) and not known.alone:
+                        sound[number] = None
+            wanted = progress.wants(
+                [self._streams[number] for number in sound],
+                FULL_BATCH, partitions=MAX_PARTITIONS_PER_QUERY, reached=reached,
+            )  # fmt: skip
+            found: _Reading = Future()
+            if ended.is_set() or not wanted:
+                return [], found
+            try:
+                found.set_result(source.events(self._connection, wanted, max_bytes=_MAX_BATCH_BYTES))
+            except psycopg.Error as error:
+                found.set_exception(error)
+            return wanted, found
+
+        reading = self._reader.submit(read)
+        try:
+            yield
+        finally:
+            ended.set()
+            self._mailbox.stir()
+            wanted, found = reading.result()
+            if wanted:
+                self._ahead = wanted, found
 
     def _take_ahead(self, members: Sequence[Progress]) -> list[_Batch] | None:
         """Return what was read ahead, or None where nothing was or it doesn't follow on what stands in the topics."""
@@ -251,7 +305,7 @@ class Tenure:
         for want, events in zip(wanted, found, strict=True):
             known = self._streams[want.stream.number]
             # ascending and unique, so the ends tell whether one is missing
-            if events and (events[0].position, events[-1].position) == (want.after + 1, want.after + len(events)):
+            if events and (events[0][1], events[-1][1]) == (want.after + 1, want.after + len(events)):
                 batches.append((known, want, events))
             elif events or complete:
                 message = (
@@ -261,28 +315,42 @@ class Tenure:
                 self._refuse(known, Refusal("HistoryGap", message))
         return [batch for batch in batches if batch[0].ready(time.monotonic())]
 
-    def _send(self, stream: Stream, partition: int, events: Sequence[Event]) -> None:
+    def _send(self, stream: Stream, partition: int, events: Sequence[Row]) -> None:
         send, topic = self._producer.send, stream.topic
-        for event in events:
-            send(
-                topic,
-                partition,
-                event.subject.encode(),
-                bytes(event.data),
-                headers(event, namespace=stream.namespace, name=stream.name, incarnation=stream.incarnation),
-                int(event.time.timestamp() * 1000),
-            )
+        headers = Headers(namespace=stream.namespace, name=stream.name, incarnation=stream.incarnation).of
+        first = True
+        for _, position, subject, revision, id_, type_, since_2000, data, metadata in events:
+            time = since_2000 + source.EPOCH
+            told = None if metadata is None else metadata[1:]
+            made = headers(position, subject, revision, id_, type_, time, told)
+            send(topic, partition, subject, data[1:], made, time // 1000, watched=first)
+            first = False
 
     def _send_checkpoints(self, reached: Checkpoints) -> None:
         for (incarnation, partition), found in reached.items():
             self._producer.send(self._checkpoint_topic, self._shard, *checkpoint.encode(incarnation, partition, found))
 
-    def _changed(self, batches: Sequence[_Batch]) -> list[str]:
-        """Return the topics that are gone, or others than the positions tell of."""
-        members = _members(batches)
-        found = self._topics.describe(known.stream.topic for known in members)
+    def _commit(self, batches: Sequence[_Batch]) -> Offsets:
+        """Commit the transaction of `batches`; return the offsets at which records stand in the topics."""
+        delivered: Offsets = {}
+
+        def changed(offsets: Offsets) -> list[str]:
+            delivered.update(offsets)
+            return self._changed(batches, offsets)
+
+        self._producer.commit(changed)
+        return delivered
+
+    def _changed(self, batches: Sequence[_Batch], offsets: Offsets) -> list[str]:
+        """Return the topics that are gone, or others than the positions tell of; ask where the offsets don't tell."""
+        doubtful = _members([
+            (known, want, events)
+            for known, want, events in batches
+            if not known.proven(want.partition, offsets.get((known.stream.topic, want.partition)))
+        ])  # fmt: skip
+        found = self._topics.describe(known.stream.topic for known in doubtful)
         changed = []
-        for known in members:
+        for known in doubtful:
             topic = found[known.stream.topic]
             if not isinstance(topic, Topic) or known.topic is None or topic.id != known.topic.id:
                 changed.append(known.stream.topic)
@@ -306,8 +374,9 @@ class Tenure:
             answer = error.guilty.get(known.stream.topic, error.answer)
             _, want, events = batches[0]
             message = (
-                f"topic {known.stream.topic} refuses the event at position {events[0].position} of partition "
-                f"{want.partition} (subject {events[0].subject!r}): Kafka answered: {answer.str() if answer else error}"
+                f"topic {known.stream.topic} refuses the event at position {want.after + 1} of partition "
+                f"{want.partition} (subject {events[0][2].decode()!r}): Kafka answered: "
+                f"{answer.str() if answer else error}"
             )
             self._refuse(known, Refusal(reason(answer) if answer else "TopicRefused", message))
 
@@ -322,7 +391,7 @@ class Tenure:
         try:
             self._producer.begin()
             self._send_checkpoints(gone)
-            self._producer.commit(lambda: ())
+            self._producer.commit(lambda _: ())
         except AbortedError as error:
             raise LostError(f"noting that {stream.label} is behind its topic: {error}") from error
         self._checkpoints.update(gone)
