@@ -122,6 +122,10 @@ _TARGETS = {
             Goal(Measure.STORE_MEMORY, 500), Goal(Measure.RELAY_MEMORY, 500),
         ),
     ),
+    "takeover": Target(
+        "a relay is killed: from its death until the next event of each of its shards is read",
+        (Goal(Measure.P50, 1), Goal(Measure.P99, 1)),
+    ),
     "fold": Target("folding alone, both read models, in memory, one core", (Goal(Measure.RATE, 0.4),)),
     "rebuild": Target(
         "both read models built from the event store's history", (Goal(Measure.RATE, 0.4),), _REBUILDS

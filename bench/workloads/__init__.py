@@ -17,6 +17,7 @@ from bench.workloads import (
     rebuild,
     relay,
     relay_latency,
+    takeover,
     two_replicas,
 )
 
@@ -54,4 +55,5 @@ WORKLOADS = {
     "query": Workload(query.query, 15_000),
     "growth": Workload(growth.growth, 10_000),
     "many-streams": Workload(many_streams.many_streams, 2_000, 10_000),
+    "takeover": Workload(takeover.takeover, 2_000),
 }

@@ -3,21 +3,18 @@
 import asyncio
 import contextlib
 import subprocess
-import threading
 import time
 import urllib.parse
 import uuid
 from collections.abc import Sequence
-from typing import Any, Self
 
 import httpx
 import uvloop
-from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 from refold.eventstore.catalog import Stream
 
 from bench.appending import check_heads
 from bench.orders import OrderEvent
-from bench.relaying import running_relay
+from bench.relaying import Readers, running_relay
 from bench.result import Comparison, Run
 from bench.servers import PARTITIONS, Servers
 from bench.waiting import until
@@ -62,7 +59,7 @@ class _Store:
             store = started(self._servers)
             running.callback(store.stop)
             relay = running.enter_context(running_relay(self._servers))
-            reader = running.enter_context(_Reader(self._servers.kafka.bootstrap, self._streams))
+            reader = running.enter_context(Readers(self._servers.kafka.bootstrap, self._streams))
             uvloop.run(_send(store.url, self._streams, first, [b"{}"] * len(first), at_once=8))
             until(lambda: reader.seen.keys() >= set(first), "each stream's first event is read", log=relay.log)
             data = [event.data for event in events]
@@ -107,39 +104,6 @@ async def _send(
                     await asyncio.sleep(start + number / rate - time.perf_counter())
                 sending.create_task(send(client, number))
         return time.perf_counter() - start, begun
-
-
-class _Reader(threading.Thread):
-    """Notes in `seen` when a `read_committed` consumer got each event of the streams' topics, by its id."""
-
-    def __init__(self, bootstrap: str, streams: Sequence[Stream]) -> None:
-        super().__init__(daemon=True)
-        self.seen: dict[str, float] = {}
-        self._ended = threading.Event()
-        self._consumer = Consumer({
-            "bootstrap.servers": bootstrap, "group.id": "bench", "enable.auto.commit": False,
-            "isolation.level": "read_committed", "fetch.error.backoff.ms": 10,
-        })  # fmt: skip
-        self._consumer.assign([
-            TopicPartition(stream.topic, partition, OFFSET_BEGINNING)
-            for stream in streams for partition in range(stream.partitions)
-        ])  # fmt: skip
-
-    def run(self) -> None:
-        while not self._ended.is_set():
-            for message in self._consumer.consume(1000, 0.002):
-                headers: dict[str, Any] = dict(message.headers() or [])
-                if message.error() is None:
-                    self.seen[headers["ce_id"].decode()] = time.perf_counter()
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self.join(30)
-        self._consumer.close()
 
 
 def _rss(process: Service) -> float:

@@ -11,7 +11,7 @@ from bench import goals, plots, report
 from bench.workloads import WORKLOADS
 
 DOCS = Path(__file__).parents[2] / "docs" / "bench"
-LATENCIES = {"append-1", "relay-latency", "end-to-end", "many-streams"}
+LATENCIES = {"append-1", "relay-latency", "end-to-end", "many-streams", "takeover"}
 TAKEN = {"at": "2026-01-31T12:00:00+00:00", "commit": "abc1234", "runs": 5, "cores": 2, "python": "3.11.7",
          "postgresql": "15.8"}  # fmt: skip
 
