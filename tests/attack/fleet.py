@@ -4,6 +4,7 @@ import collections
 import contextlib
 import queue
 import random
+import re
 import signal
 import threading
 import time
@@ -11,7 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
+import httpx
 from psycopg.conninfo import make_conninfo
+from refold.eventstore.catalog import Stream
 
 from hack.servers import Kafka, Postgres
 from hack.servers.platform import Platform, Service
@@ -20,6 +23,8 @@ from tests.network import Cut, kafka_behind
 EVENT_STORES = RELAYS = 2
 #: Disturbances that go on at the same time, each of another process.
 AT_ONCE = 2
+#: Of the relays; the stream is in one of them.
+_SHARDS = 8
 #: Seconds after which Kafka takes a silent projector's partitions away.
 _PROJECTOR_SESSION = 6
 
@@ -156,8 +161,10 @@ class Fleet:
         happened: how often each kind of disturbance came.
     """
 
-    def __init__(self, platform: Platform, versions: dict[str, str], kafka_networks: Sequence[Cut]) -> None:
-        """Make the processes; `platform` runs on `servers`, `versions` are those of its projections in `shop`."""
+    def __init__(
+        self, platform: Platform, stream: Stream, versions: dict[str, str], kafka_networks: Sequence[Cut]
+    ) -> None:
+        """Make the processes; `platform` runs on `servers`, `versions` are those of the projections of its `stream`."""
         assert isinstance(platform.postgres, Postgres)
         assert isinstance(platform.kafka, Kafka)
         self._postgres_networks = [Cut(platform.postgres.port) for _ in range(EVENT_STORES + RELAYS)]
@@ -173,11 +180,12 @@ class Fleet:
             service = platform.relay(
                 REFOLD_STORE_DSN=make_conninfo(platform.store_dsn("relay"), port=postgres.port),
                 REFOLD_KAFKA_BOOTSTRAP=f"127.0.0.1:{kafka.port}",
+                REFOLD_RELAY_SHARDS=str(_SHARDS),
             )
             relays.append(Member(service, {"PostgreSQL": postgres, "Kafka": kafka}))
         session = {"REFOLD_SESSION_SECONDS": str(_PROJECTOR_SESSION)}
         projectors = [
-            Member(platform.projector("shop", name, version, **session), {})
+            Member(platform.projector(stream.namespace, name, version, **session), {})
             for name, version in versions.items()
             for _ in range(2)
         ]
@@ -190,6 +198,7 @@ class Fleet:
             "Kafka": [Server(platform.kafka)],
         }
         self.stores = [store.process for store in stores]
+        self._shard = stream.stream % _SHARDS
         self.happened: collections.Counter[Kind] = collections.Counter()
 
     def __enter__(self) -> "Fleet":
@@ -227,7 +236,26 @@ class Fleet:
 
     def _disturb(self, disturbance: Disturbance) -> None:
         victims = self._victims[disturbance.kind.victim]
-        victim = victims[int(disturbance.draw * len(victims))]
+        if disturbance.kind.victim == "relay":
+            # Four times in five the one that relays the stream, until the other takes it over.
+            victim = sorted(victims, key=self._relays, reverse=True)[disturbance.draw >= 0.8]
+        else:
+            victim = victims[int(disturbance.draw * len(victims))]
         with victim.disturbed:
             disturbance.kind.act(victim, disturbance.seconds)
         self.happened[disturbance.kind] += 1
+
+    def _relays(self, relay: Member | Server) -> bool:
+        """Tell whether a relay holds the stream's shard, as far as it can be asked."""
+        assert isinstance(relay, Member)
+        try:
+            told = httpx.get(f"{relay.process.url}/metrics", timeout=2, trust_env=False).text
+        except httpx.TransportError:
+            return False
+        return f'refold_relay_shard_held{{shard="{self._shard}"}} 1.0' in told
+
+    def takeovers(self) -> int:
+        """Return how often a relay took the stream's shard over, from its free start on."""
+        taken = re.compile(f'"shard": {self._shard},.*"The shard was taken over"')
+        relays = [member.process for member in self._members if member.process.command == "relay"]
+        return sum(len(taken.findall(relay.log.read_text(errors="replace"))) for relay in relays)

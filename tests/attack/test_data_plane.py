@@ -67,7 +67,7 @@ def test_no_acknowledged_append_is_lost_or_counted_twice_whatever_is_killed(
         }
         with capsys.disabled():
             print(f"logs in {platform.logs}", flush=True)
-        with Fleet(platform, versions, networks) as fleet:
+        with Fleet(platform, stream, versions, networks) as fleet:
             clients = [Client(f"client {i}", fleet.stores, draw.randrange(2**32)) for i in range(CLIENTS)]
 
             def failures() -> list[str]:
@@ -112,6 +112,7 @@ def report(seed: int, fleet: Fleet, counts: collections.Counter[str], heads: lis
     return f"""The data plane: commit {commit}, seed {seed}, {now}, {seconds:.0f} s
 {fleet.happened.total()} disturbances:
 {happened}
+the stream's shard of the relay was taken over {fleet.takeovers() - 1} times
 {CLIENTS} clients:
   {counts["acknowledged"]:,} appends acknowledged, {counts["atomic"]:,} of them atomic, to 2 to 8 subjects
   {counts["repeated"]:,} requests repeated, {counts["answered as replays"]:,} appends answered as replays
