@@ -62,7 +62,7 @@ def check_history(history: History, heads: Sequence[int]) -> None:
     for number, (partition, head) in enumerate(zip(history, heads, strict=True)):
         assert [event.position for event in partition] == list(range(1, head + 1))
         times = [event.recorded_at for event in partition]
-        assert times == sorted(times)
+        assert times == sorted(times), f"recorded_at goes back in partition {number}"
         revisions: collections.Counter[str] = collections.Counter()
         for event in partition:
             revisions[event.subject] += 1
@@ -180,7 +180,10 @@ def check_rows(platform: Platform, versions: dict[str, str], history: History) -
             query = sql.SQL("select key, {} from {}").format(
                 sql.SQL(", ").join(map(sql.Identifier, columns)), sql.Identifier(schema, f"rows_{versions[name]}")
             )
-            assert {row[0]: row[1:] for row in connection.execute(query).fetchall()} == expected
+            found = {row[0]: row[1:] for row in connection.execute(query).fetchall()}
+            wrong = {key: (found.get(key), expected.get(key)) for key in found.keys() | expected.keys()}
+            wrong = {key: (row, right) for key, (row, right) in wrong.items() if row != right}
+            assert not wrong, f"{name} holds {len(wrong)} wrong rows (the row, and what it should be): {wrong}"
             parked = connection.execute(
                 sql.SQL("select count(*) from {}.parked").format(sql.Identifier(schema))
             ).fetchone()
