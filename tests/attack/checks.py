@@ -152,7 +152,7 @@ def wait_applied(platform: Platform, versions: dict[str, str], heads: Sequence[i
 def check_rows(platform: Platform, versions: dict[str, str], history: History) -> None:
     """Both read models equal a fold of the history in plain Python, and nothing is parked."""
     orders: dict[str, tuple[Any, ...]] = {}
-    customers: dict[str, tuple[int, Decimal]] = {}
+    customers: dict[str, tuple[int | None, Decimal]] = {}  # a column that nothing was added to is null
     for partition in history:
         for event in partition:
             status, items, total = orders.get(event.subject, (None, 0, Decimal()))
@@ -169,8 +169,10 @@ def check_rows(platform: Platform, versions: dict[str, str], history: History) -
                 case "OrderPurged":
                     orders.pop(event.subject, None)
             if event.type in ("OrderPlaced", "ItemAdded"):
-                number, spent = customers.get(data["customer"], (0, Decimal()))
-                customers[data["customer"]] = (number + (event.type == "OrderPlaced"), spent + amount)
+                number, spent = customers.get(data["customer"], (None, Decimal()))
+                if event.type == "OrderPlaced":
+                    number = (number or 0) + 1
+                customers[data["customer"]] = (number, spent + amount)
     with psycopg.connect(platform.postgres.dsn(READ)) as connection:
         for name, columns, expected in (
             ("order-status", ("status", "items", "total"), orders),

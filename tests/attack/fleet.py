@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import datetime as dt
 import queue
 import random
 import re
@@ -198,6 +199,7 @@ class Fleet:
             "Kafka": [Server(platform.kafka)],
         }
         self.stores = [store.process for store in stores]
+        self._log = platform.logs / "disturbances.log"
         self._shard = stream.stream % _SHARDS
         self.happened: collections.Counter[Kind] = collections.Counter()
 
@@ -242,8 +244,16 @@ class Fleet:
         else:
             victim = victims[int(disturbance.draw * len(victims))]
         with victim.disturbed:
+            self._note("begins", disturbance, victim)
             disturbance.kind.act(victim, disturbance.seconds)
+            self._note("is over", disturbance, victim)
         self.happened[disturbance.kind] += 1
+
+    def _note(self, when: str, disturbance: Disturbance, victim: Member | Server) -> None:
+        """Add a line to `disturbances.log`, beside the processes' logs."""
+        kind, port = disturbance.kind, victim.process.port
+        with self._log.open("a") as log:
+            log.write(f"{dt.datetime.now(dt.UTC).isoformat()} {when}: {kind.victim} ({port}) {kind.what}\n")
 
     def _relays(self, relay: Member | Server) -> bool:
         """Tell whether a relay holds the stream's shard, as far as it can be asked."""
