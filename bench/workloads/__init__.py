@@ -52,7 +52,7 @@ WORKLOADS = {
     "two-replicas": Workload(two_replicas.two_replicas, 15_000),
     "relay-latency": Workload(relay_latency.relay_latency, 2_000, 12_000),
     "end-to-end": Workload(end_to_end.end_to_end, 2_000, 10_000),
-    "query": Workload(query.query, 15_000),
+    "query": Workload(query.query, 50_000),
     "growth": Workload(growth.growth, 10_000),
     "many-streams": Workload(many_streams.many_streams, 2_000, 10_000),
     "takeover": Workload(takeover.takeover, 2_000),

@@ -18,7 +18,7 @@ from bench.servers import Servers
 from bench.waiting import until
 from hack.servers.callers import TOKEN
 
-_SECONDS = 5
+_SECONDS = 3
 _SAMPLE = 100
 
 

@@ -27,6 +27,7 @@ from hack.servers.process import Process, free_port
 
 #: A broker takes a limited number of partitions in one request.
 _TOPICS_AT_ONCE = 100
+_CLAIMS_AT_ONCE = 2
 STORE, READ = "refold_store", "refold_read"
 
 
@@ -106,24 +107,32 @@ class Platform:
         return asyncio.run(self._streams(namespace, stream_names, partitions))
 
     async def _streams(self, namespace: str, stream_names: Sequence[str], partitions: int) -> list[catalog.Stream]:
+        # a claim keeps one backend of PostgreSQL busy for as long as it takes
+        shares = [stream_names[number::_CLAIMS_AT_ONCE] for number in range(_CLAIMS_AT_ONCE)]
+        claims = await asyncio.gather(*(self._claim(namespace, share, partitions) for share in shares))
+        claimed = {stream.name: stream for share in claims for stream in share}
         admin = AdminClient({"bootstrap.servers": self.kafka.bootstrap})
         active = []
         async with await self._admin(self._store) as conn:
-            claimed = [
+            for start in range(0, len(stream_names), _TOPICS_AT_ONCE):
+                some = [claimed[name] for name in stream_names[start : start + _TOPICS_AT_ONCE]]
+                for made in admin.create_topics([NewTopic(stream.topic, partitions, 1) for stream in some]).values():
+                    made.result(60)
+                topic_ids = await _topic_ids(admin, [stream.topic for stream in some])
+                for stream in some:
+                    recorded = await catalog.record_topic(conn, stream, topic_ids[stream.topic])
+                    active.append(await catalog.activate(conn, recorded))
+        return active
+
+    async def _claim(self, namespace: str, stream_names: Sequence[str], partitions: int) -> list[catalog.Stream]:
+        async with await self._admin(self._store) as conn:
+            return [
                 await catalog.claim_stream(
                     conn, namespace=namespace, name=name, uid=f"{namespace}/{name}", partitions=partitions,
                     topic=names.topic(namespace, name), kafka_cluster="local",
                 )
                 for name in stream_names
             ]  # fmt: skip
-            for start in range(0, len(claimed), _TOPICS_AT_ONCE):
-                some = claimed[start : start + _TOPICS_AT_ONCE]
-                for made in admin.create_topics([NewTopic(stream.topic, partitions, 1) for stream in some]).values():
-                    made.result(60)
-                for stream in some:
-                    recorded = await catalog.record_topic(conn, stream, await _topic_id(admin, stream.topic))
-                    active.append(await catalog.activate(conn, recorded))
-        return active
 
     def set_event_types(self, stream: catalog.Stream, types: dict[str, Any] | None) -> catalog.Stream:
         """Make `types` (the JSON Schema of each event type) what the stream takes; None: any event."""
@@ -205,16 +214,22 @@ class Platform:
         )  # fmt: skip
 
 
-async def _topic_id(admin: AdminClient, topic: str) -> str:
-    """Return a topic's id; the broker may hear of the topic a little later than the controller that made it."""
-    for _ in range(100):
-        try:
-            return str(admin.describe_topics(TopicCollection([topic]))[topic].result(30).topic_id)
-        except KafkaException as error:
-            if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
-                raise
+async def _topic_ids(admin: AdminClient, topics: Sequence[str]) -> dict[str, str]:
+    """Return the topics' ids; the broker may hear of topics a little later than the controller that made them."""
+    found: dict[str, str] = {}
+    for _ in range(600):
+        missing = [topic for topic in topics if topic not in found]
+        if not missing:
+            return found
+        for topic, described in admin.describe_topics(TopicCollection(missing)).items():
+            try:
+                found[topic] = str(described.result(30).topic_id)
+            except KafkaException as error:
+                if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                    raise
+        if len(found) < len(topics):
             await asyncio.sleep(0.1)
-    raise TimeoutError(f"Kafka made the topic {topic}, and doesn't know it 10 s later")
+    raise TimeoutError(f"Kafka made topics, and doesn't know {missing[0]} of them a minute later")
 
 
 class Service(Process):
