@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from psycopg import AsyncConnection
 from refold import names
 from refold.projection.definition import Definition, StreamRef, VersionDefinition, parse
-from refold.projection.fold import Parked, RowChange, compile_fold
+from refold.projection.fold import Parked, RowChange, Stamp, compile_fold
 from refold.projection.readstore import MovedError, postgres
 from refold.projection.readstore.postgres_rows import Advance, PostgresRows
 
@@ -103,6 +103,77 @@ async def test_rows_fed_by_several_partitions_equal_the_plain_fold(
 ) -> None:
     rows, reference = await folded(store, definition, history, several=True)
     assert rows == reference.rows
+
+
+async def applied(dsn: str, spec: dict[str, Any], *batches: RowChange) -> dict[str, dict[str, Any]]:
+    """Apply changes, each in a batch of its own, and return the rows."""
+    definition = parse({"streams": ["aa"], **spec})
+    streams = [StreamRef(namespace="n", name="aa", incarnation="a" * 16, partitions=1, topic="a", schema="a")]
+    async with await AsyncConnection.connect(dsn, autocommit=True) as conn:
+        await postgres.claim_projection(conn, namespace="n", name="p", uid="p")
+        version = VersionDefinition(definition=definition, streams=streams)
+        await postgres.ensure_version(conn, namespace="n", name="p", version="v", definition=version)
+    rows = PostgresRows(dsn, namespace="n", name="p", version="v")
+    rows.open()
+    for number, change in enumerate(batches):
+        rows.apply([change], [], [Advance("a" * 16, 0, number, number + 1, None, None, None)])
+    columns = [column.name for column in definition.columns]
+    keys = {change.key for change in batches}
+    found = rows.read(keys, columns)
+    rows.close()
+    return found
+
+
+async def test_a_row_that_is_made_anew_begins_with_the_defaults(store: str) -> None:
+    spec = {
+        "columns": [
+            {"name": "a", "type": "text", "default": "'x'", "nullable": False},
+            {"name": "b", "type": "integer", "default": "5"},
+            {"name": "c", "type": "json"},
+        ],
+        "fold": [{"type": "T", "delete": True}],
+    }
+    found = await applied(
+        store, spec,
+        *(RowChange(key, set={"a": "old", "b": 7, "c": "[1]"}) for key in "jk"),
+        RowChange("j", deleted_first=True, set={"b": None}),
+        RowChange("k", deleted_first=True),
+        RowChange("l", set={"c": "2"}),
+    )  # fmt: skip
+    assert found == {
+        "j": {"a": "x", "b": None, "c": None},
+        "k": {"a": "x", "b": 5, "c": None},
+        "l": {"a": "x", "b": 5, "c": "2"},
+    }
+
+
+async def test_rows_fed_by_several_partitions_begin_with_the_defaults(store: str) -> None:
+    spec = {
+        "key": "data.k",
+        "columns": [
+            {"name": "n", "type": "integer", "default": "10", "nullable": False},
+            {"name": "zero", "type": "numeric", "default": "0", "nullable": False},
+            {"name": "t", "type": "text", "default": "'d'"},
+            {"name": "least", "type": "numeric", "default": "3", "nullable": False},
+            {"name": "idle", "type": "boolean", "default": "true", "nullable": False},
+        ],
+        "fold": [{"type": "T", "add": {"n": "1", "zero": "1"}, "set": {"t": "data.t"}, "min": {"least": "data.n"}}],
+    }
+    stamp = Stamp(dt.datetime(2026, 1, 1, tzinfo=dt.UTC), "a" * 16, 0, 1)
+    found = await applied(
+        store, spec,
+        RowChange("j", merge={"n": 1}),
+        RowChange("j", merge={"n": 2, "least": 5, "zero": 4}),
+        RowChange("k", set={"t": None}, stamps={"t": stamp}, merge={"least": 1}),
+        RowChange("k", merge={"least": 2}),
+        RowChange("l", merge={"zero": Decimal("0.5")}),
+        RowChange("l", set={"t": "s"}, stamps={"t": stamp}),
+    )  # fmt: skip
+    assert found == {
+        "j": {"n": 13, "zero": 4, "t": "d", "least": 3, "idle": True},
+        "k": {"n": 10, "zero": 0, "t": None, "least": 1, "idle": True},
+        "l": {"n": 10, "zero": Decimal("0.5"), "t": "s", "least": 3, "idle": True},
+    }
 
 
 async def test_rows_that_were_written_after_they_were_read_are_not_overwritten(store: str) -> None:

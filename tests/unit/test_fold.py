@@ -413,6 +413,12 @@ def test_append_puts_an_item_at_the_end_of_an_array() -> None:
     assert "something else than an array" in errors(batch)[0][2]
 
 
+def test_what_an_event_appends_after_it_deleted_the_row_begins_anew() -> None:
+    compiled = fold({"type": "E", "delete": True}, {"type": "E", "append": {"json": "1"}})
+    change = folded(compiled, event("E"), before={"a": {"json": "[0]"}}).changes["a"]
+    assert change == RowChange("a", deleted_first=True, set={"json": "[1]"})
+
+
 def test_beyond_the_bounds_of_an_array_an_event_is_bad_and_changes_nothing_else() -> None:
     compiled = fold(
         {"type": "E", "set": {"text": "'t'"}, "append": {"json": "data.x"}}, {"type": "E", "add": {"integer": "1"}}

@@ -385,16 +385,12 @@ def _decoder(paths: Iterable[tuple[str, ...]]) -> tuple[Callable[[msgspec.Raw], 
 
     A field of data is an attribute of the decoded; what lies within one that is needed as a whole is an item of it.
     """
-    wanted = sorted(set(paths), key=len)
-    tops: list[tuple[str, ...]] = []
-    for path in wanted:
-        if not any(path[: len(top)] == top for top in tops):
-            tops.append(path)
+    wanted = set(paths)
 
     def structure(prefix: tuple[str, ...]) -> type:
-        inner = dict.fromkeys(top[len(prefix)] for top in tops if top[: len(prefix)] == prefix)
+        inner = sorted({path[len(prefix)] for path in wanted if path[: len(prefix)] == prefix})
         fields = [
-            (f"f{number}", Any if (*prefix, name) in tops else structure((*prefix, name)))
+            (f"f{number}", Any if (*prefix, name) in wanted else structure((*prefix, name)))
             for number, name in enumerate(inner)
         ]
         for number, name in enumerate(inner):
