@@ -131,7 +131,6 @@ class Shard(threading.Thread):
                         checkpoints=found,
                         checkpoint_topic=topic,
                         topics=target.topics,
-                        mailbox=self._mailbox,
                         former=self._former,
                     )
                 )

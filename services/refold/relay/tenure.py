@@ -7,11 +7,10 @@ While the events of a transaction are sent and committed those of the next one a
 own. They count only if the positions are then what was expected.
 """
 
-import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 
 import psycopg
 import structlog
@@ -24,7 +23,7 @@ from refold.relay.producer import AbortedError, LostError, Offsets, Transactiona
 from refold.relay.progress import FULL_BATCH, Progress, Refusal
 from refold.relay.source import MAX_PARTITIONS_PER_QUERY, Heads, Row, Stream, Want
 from refold.relay.topics import Topic, Topics
-from refold.relay.wake import Mailbox, View
+from refold.relay.wake import View
 
 _MAX_BATCH_BYTES = 16 << 20
 #: How often all topics are looked up, so that a recreated one is filled even while nothing is appended.
@@ -48,7 +47,6 @@ class Tenure:
         checkpoints: all of the shard's.
         checkpoint_topic: where they are written, into the partition `shard`.
         topics: asks Kafka for topics.
-        mailbox: where heads come while a transaction is under way.
         former: what the tenure before this one knew, of which only the refusals and batches count.
     """
 
@@ -61,11 +59,9 @@ class Tenure:
         checkpoints: Checkpoints,
         checkpoint_topic: str,
         topics: Topics,
-        mailbox: Mailbox,
         former: Iterable[Progress] = (),
     ) -> None:
         self._shard, self._producer, self._connection, self._topics = shard, producer, connection, topics
-        self._mailbox = mailbox
         self._checkpoints, self._checkpoint_topic = checkpoints, checkpoint_topic
         self._streams = {known.stream.number: known.dropped() for known in former}
         for known in self._streams.values():
@@ -201,8 +197,7 @@ class Tenure:
                 for known, want, events in batches:
                     self._send(known.stream, want.partition, events)
                 self._send_checkpoints(reached)
-                with self._reading_next(members, reached) if limit == FULL_BATCH else nullcontext():
-                    offsets = self._commit(batches)
+                offsets = self._commit(batches)
             except AbortedError as error:
                 self._aborted(batches, error)
                 return
@@ -228,45 +223,6 @@ class Tenure:
         if sum(want.limit for want in wanted) >= _AHEAD_EVENTS:
             reading = self._reader.submit(source.events, self._connection, wanted, max_bytes=_MAX_BATCH_BYTES)
             self._ahead = wanted, reading
-
-    @contextmanager
-    def _reading_next(self, members: Sequence[Progress], reached: Checkpoints) -> Iterator[None]:
-        """Read, while a transaction is committed, the first that is appended meanwhile."""
-        if self._ahead is not None:
-            yield
-            return
-        ended = threading.Event()
-
-        def read() -> tuple[list[Want], _Reading]:
-            heads = self._mailbox.take_heads(ended)
-            now, sound = time.monotonic(), dict.fromkeys(known.stream.number for known in members)
-            for number, head in heads.items():
-                if (known := self._streams.get(number)) is not None:
-                    known.heads = head
-                    if known.ready(now) and not known.alone:
-                        sound[number] = None
-            wanted = progress.wants(
-                [self._streams[number] for number in sound],
-                FULL_BATCH, partitions=MAX_PARTITIONS_PER_QUERY, reached=reached,
-            )  # fmt: skip
-            found: _Reading = Future()
-            if ended.is_set() or not wanted:
-                return [], found
-            try:
-                found.set_result(source.events(self._connection, wanted, max_bytes=_MAX_BATCH_BYTES))
-            except psycopg.Error as error:
-                found.set_exception(error)
-            return wanted, found
-
-        reading = self._reader.submit(read)
-        try:
-            yield
-        finally:
-            ended.set()
-            self._mailbox.stir()
-            wanted, found = reading.result()
-            if wanted:
-                self._ahead = wanted, found
 
     def _take_ahead(self, members: Sequence[Progress]) -> list[_Batch] | None:
         """Return what was read ahead, or None where nothing was or it doesn't follow on what stands in the topics."""

@@ -21,8 +21,6 @@ log = structlog.get_logger(__name__)
 POLL_SECONDS = 1.0
 #: PostgreSQL ends the session, and with it the locks, when it hears nothing for so long (also of a stopped process).
 IDLE_SESSION = "5s"
-#: A bound for what waits for a transaction's end, which lets itself be heard.
-_STIR_SECONDS = 1.0
 #: How often a shard that was left, or the end of the process, is noticed between two polls.
 _SLICE_SECONDS = 0.1
 #: The active streams by number, with their heads.
@@ -61,19 +59,6 @@ class Mailbox:
             view, heads = self._view, self._heads
             self._view, self._heads, self._rung = None, {}, False
             return view, heads
-
-    def take_heads(self, ended: threading.Event) -> dict[int, Heads]:
-        """Take heads as soon as there are any, or none when `ended` is set (and `stir` was called)."""
-        with self._condition:
-            self._condition.wait_for(lambda: self._heads or ended.is_set(), _STIR_SECONDS)
-            heads, self._heads = self._heads, {}
-            self._rung = self._view is not None
-            return heads
-
-    def stir(self) -> None:
-        """Let who waits for heads look whether that is over."""
-        with self._condition:
-            self._condition.notify()
 
 
 class Watcher(threading.Thread):
