@@ -72,6 +72,26 @@ CUSTOMERS = Definition(
         for type_ in ("Placed", "Changed")
     ],
 )
+#: A row an order whose changes depend on what stands in it.
+HISTORIES = Definition(
+    streams=["orders"],
+    columns=[
+        Column(name="before", type="numeric"),
+        Column(name="total", type="numeric", default="100", nullable=False),
+        Column(name="most", type="numeric"),
+        Column(name="notes", type="json"),
+    ],
+    fold=[
+        FoldRule(type="Placed", set={"before": "row.total"}, add={"total": "data.total"}),
+        FoldRule(
+            type="Changed",
+            append={"notes": "[data.note, string(row.total)]"},
+            when="!has(row.notes) || size(row.notes) < 5",
+        ),
+        FoldRule(type="Changed", add={"total": "1"}, max={"most": "row.total"}),
+        FoldRule(type="Purged", delete=True),
+    ],
+)
 
 
 class World:
@@ -414,4 +434,26 @@ def fold_customers(world: World, name: str = "orders") -> dict[str, dict[str, An
             if stamp > stamps.get(data["customer"], (dt.datetime.min.replace(tzinfo=dt.UTC),)):
                 stamps[data["customer"]] = stamp
                 row["last"] = data["note"]
+    return rows
+
+
+def fold_histories(world: World) -> dict[str, dict[str, Any]]:
+    """The reference of HISTORIES."""
+    rows: dict[str, dict[str, Any]] = {}
+    for event in itertools.chain.from_iterable(world.events["orders"]):
+        data = json.loads(bytes(event.data), parse_float=Decimal)
+        if event.type == "Purged":
+            rows.pop(event.subject, None)
+        if event.type not in ("Placed", "Changed"):
+            continue
+        row = rows.setdefault(event.subject, {"before": None, "total": Decimal(100), "most": None, "notes": None})
+        if event.type == "Placed":
+            row["before"], row["total"] = row["total"], row["total"] + data["total"]
+            continue
+        if row["notes"] is None or len(row["notes"]) < 5:
+            text = f"{row['total']:f}"
+            text = text.rstrip("0").rstrip(".") if "." in text else text
+            row["notes"] = [*(row["notes"] or []), [data["note"], text]]
+        most = row["total"] if row["most"] is None else row["most"]
+        row["most"], row["total"] = max(most, row["total"]), row["total"] + 1
     return rows

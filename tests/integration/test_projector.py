@@ -1,9 +1,6 @@
 """One projector: whatever the topic holds, the rows equal a plain fold of the history."""
 
-import itertools
 import json
-from decimal import Decimal
-from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
@@ -15,7 +12,18 @@ from refold.projection.definition import Column, Definition, FoldRule
 from refold.projection.readstore import postgres as readstore
 
 from hack.servers import Kafka, Postgres
-from tests.projecting import CUSTOMERS, ORDERS, ReadModel, World, fold_customers, fold_orders, random_events, until
+from tests.projecting import (
+    CUSTOMERS,
+    HISTORIES,
+    ORDERS,
+    ReadModel,
+    World,
+    fold_customers,
+    fold_histories,
+    fold_orders,
+    random_events,
+    until,
+)
 from tests.records import headers
 
 
@@ -182,46 +190,13 @@ async def test_the_latest_event_decides_in_a_row_fed_by_several_partitions(world
 
 
 async def test_a_fold_that_looks_at_the_row_before_equals_the_plain_fold(world: World) -> None:
-    history = Definition(
-        streams=["orders"],
-        columns=[
-            Column(name="before", type="numeric"),
-            Column(name="total", type="numeric", default="100", nullable=False),
-            Column(name="most", type="numeric"),
-            Column(name="notes", type="json"),
-        ],
-        fold=[
-            FoldRule(type="Placed", set={"before": "row.total"}, add={"total": "data.total"}),
-            FoldRule(
-                type="Changed",
-                append={"notes": "[data.note, row.total]"},
-                when="size(row.notes) < 5 || !has(row.notes)",
-            ),
-            FoldRule(type="Changed", add={"total": "1"}, max={"most": "row.total"}),
-            FoldRule(type="Purged", delete=True),
-        ],
-    )
-    model = await world.projection(history, "history")
+    model = await world.projection(HISTORIES, "histories")
     world.append(random_events(500))
     with model.projector(batch_events=70):
         model.wait()
         world.append(random_events(300, seed=3))
         model.wait()
-    rows: dict[str, dict[str, Any]] = {}
-    for event in itertools.chain.from_iterable(world.events["orders"]):
-        data = json.loads(bytes(event.data), parse_float=Decimal)
-        if event.type == "Purged":
-            rows.pop(event.subject, None)
-        if event.type not in ("Placed", "Changed"):
-            continue
-        row = rows.setdefault(event.subject, {"before": None, "total": Decimal(100), "most": None, "notes": None})
-        if event.type == "Placed":
-            row["before"], row["total"] = row["total"], row["total"] + data["total"]
-            continue
-        if row["notes"] is None or len(row["notes"]) < 5:
-            row["notes"] = [*(row["notes"] or []), [data["note"], float(row["total"])]]
-        row["most"], row["total"] = max(row["most"] or row["total"], row["total"]), row["total"] + 1
-    assert model.rows() == rows
+    assert model.rows() == fold_histories(world)
     assert not model.parked()
 
 

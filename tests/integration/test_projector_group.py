@@ -11,7 +11,18 @@ from refold.projection.readstore import MovedError
 from refold.projection.readstore.postgres_rows import Advance, PostgresRows
 
 from hack.servers import Kafka
-from tests.projecting import CUSTOMERS, ORDERS, ReadModel, World, fold_customers, fold_orders, random_events, until
+from tests.projecting import (
+    CUSTOMERS,
+    HISTORIES,
+    ORDERS,
+    ReadModel,
+    World,
+    fold_customers,
+    fold_histories,
+    fold_orders,
+    random_events,
+    until,
+)
 
 
 @pytest.fixture
@@ -47,6 +58,27 @@ async def test_rows_are_right_when_projectors_are_killed_and_come_back(
         customers.wait(60)
         assert orders.rows() == fold_orders(world)
         assert customers.rows() == fold_customers(world)
+
+
+async def test_rows_that_are_read_before_they_are_written_are_right_too(world: World) -> None:
+    histories = await world.projection(HISTORIES, "histories")
+    world.append(random_events(1000))
+    with ExitStack() as stack:
+        group = [stack.enter_context(histories.process(batch_events=50)) for _ in "ab"]
+        for step in range(2):
+            world.append(random_events(1000, seed=step))
+            await asyncio.sleep(0.7)
+            group[step].kill()
+            group.append(stack.enter_context(histories.process(batch_events=50)))
+        frozen = group[2]
+        frozen.send(signal.SIGSTOP)
+        world.append(random_events(500, seed=7))
+        histories.wait(60)
+        frozen.send(signal.SIGCONT)
+        world.append(random_events(500, seed=8))
+        histories.wait(60)
+    assert histories.rows() == fold_histories(world)
+    assert not histories.parked()
 
 
 _WAITING = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%%insert into%%'"
