@@ -139,6 +139,24 @@ async def test_a_known_id_with_other_data_or_type_is_a_conflict(log: Log) -> Non
     assert (await log.add("s", same)).replayed
 
 
+async def test_an_append_that_writes_nothing_leaves_the_heads_as_they_were(log: Log) -> None:
+    heads = (
+        f"select partition, head, recorded_at, active from refold.heads where stream = {log.stream.stream} order by 1"
+    )
+    empty = await log.installed.query(heads)
+    assert isinstance(await log.append("s", "1", expected_revision=1), RevisionConflictError)
+    assert await log.installed.query(heads) == empty
+    await log.append("s", "1")
+    filled = await log.installed.query(heads)
+    assert isinstance(await log.append("s", "2", expected_revision=2), RevisionConflictError)
+    with pytest.raises(IdConflictError):
+        await log.add("s", event({"other": True}, id="1"))
+    assert isinstance(await log.append("t", "1", expected_revision="exists"), RevisionConflictError)
+    assert (await log.append("s", "1")).replayed
+    assert await log.installed.query(heads) == filled
+    assert (await log.append("s", "2", expected_revision=1)).position == 2
+
+
 async def test_the_same_id_in_another_subject_is_another_event(log: Log) -> None:
     subjects = in_one_partition(0, 3)
     outcomes = await together(*(log.append(subject, "1") for subject in subjects))

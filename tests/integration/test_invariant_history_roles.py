@@ -74,6 +74,8 @@ async def everything(installed: Installed) -> list[list[tuple[Any, ...]]]:
 
 def forged_call(stream: str, partition: str, function: str = "append_group") -> str:
     """Return a call of the service's own functions that puts an event into a partition of the caller's choice."""
+    if function == "append_one":
+        return f"select \"shop.orders\".append_one({stream}, {partition}, 's', -1, 'forged', 'T', '1', null)"
     return f"""select * from "shop.orders".{function}({stream}, array[{partition}], false,
         array['s'], array[{partition}], array[-1], array[1], array[1], array[1], array[0], array[1], array[false],
         array[1], array['s'], array['forged'], array['T'], array['1']::jsonb[], array[null]::jsonb[])"""
@@ -176,6 +178,7 @@ async def test_each_role_reads_and_calls_what_it_is_for_and_nothing_else(install
         "append all to other": "select * from \"shop.other\".append_all('[]')",
         "append with partitions": forged_call("0", "0"),
         "append all with partitions": forged_call("0", "0", "append_all"),
+        "append one with a partition": forged_call("0", "0", "append_one"),
         "copy": "copy \"shop.orders\".events to program 'true'",
     }
     allowed = {
@@ -186,6 +189,7 @@ async def test_each_role_reads_and_calls_what_it_is_for_and_nothing_else(install
             "catalog",
             "append with partitions",
             "append all with partitions",
+            "append one with a partition",
         },
         "relay": {"events of orders", "events of other", "heads", "catalog"},
         "heads": {"heads", "catalog"},
@@ -300,7 +304,7 @@ async def test_the_service_is_refused_partitions_and_streams_that_are_not_there(
     before = await everything(installed)
     for number, partition in ((stream.stream, 3), (stream.stream, -1), (other.stream, 0), (999, 0), (None, 0)):
         async with connected(dsn(installed, "eventstore")) as conn:
-            for function in ("append_group", "append_all"):
+            for function in ("append_group", "append_all", "append_one"):
                 with pytest.raises(psycopg.Error) as caught:
                     await conn.execute(forged_call(str(number or "null"), str(partition), function).encode())
                 assert caught.value.sqlstate in ("RF001", "RF002")

@@ -26,6 +26,11 @@ def jsonb(value: bytes) -> bytes:
     return _LENGTH.pack(len(value) + 1) + _JSONB_VERSION + value
 
 
+def value(element: bytes) -> bytes | None:
+    """Return the element as a parameter of its own, in the binary format too; None for NULL."""
+    return None if element == NULL else element[_LENGTH.size :]
+
+
 def text_value(element: bytes) -> bytes:
     """Return what `text` made the element of."""
     return element[_LENGTH.size :]

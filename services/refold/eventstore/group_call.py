@@ -1,4 +1,8 @@
-"""One group of appends as the arguments of `append_group`; see migrations/stream/0002_append.sql for what they are."""
+"""Appends as the arguments of the database's functions; see migrations/stream for what they are.
+
+`append_group` (0002_append.sql) takes a group and gives each append its own outcome, `append_all` (0003_append_all.sql)
+appends all or none, and `append_one` (0004_append_one.sql) takes a group of one append of one event.
+"""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -9,28 +13,39 @@ from refold.eventstore import arrays
 from refold.eventstore.appends import Append
 
 
-def query(schema: str, function: Literal["append_group", "append_all"], types_revision: int) -> bytes:
-    """Return the query that appends a group to the stream of `schema`, and gives outcomes, revisions and positions.
+def query(schema: str, function: Literal["append_group", "append_all", "append_one"], types_revision: int) -> bytes:
+    """Return the query that appends to the stream of `schema` with `function`.
 
-    `append_group` gives each append its own outcome; `append_all` appends all or none, see
-    migrations/stream/0003_append_all.sql. `types_revision` is that of the event types that the group was checked with;
-    the database refuses it (RF006) where the stream has another.
+    `types_revision` is that of the event types that the group was checked with; the database refuses it (RF006) where
+    the stream has another.
     """
-    parameters = [f"${n}" for n in range(1, 19)]
+    one = function == "append_one"
+    parameters = [f"${n}" for n in range(1, 9 if one else 19)]
     if types_revision:  # said in the same statement, for its transaction alone
         parameters[0] = (
             f"case when set_config('refold.event_types', '{types_revision:d}', true) is not null then $1::integer end"
         )
-    return (
-        sql.SQL("select outcomes, revisions, positions from {}({})")
-        .format(sql.Identifier(schema, function), sql.SQL(", ").join(map(sql.SQL, parameters)))
-        .as_string()
-        .encode()
-    )
+    call = sql.SQL("{}({})").format(sql.Identifier(schema, function), sql.SQL(", ").join(map(sql.SQL, parameters)))
+    query = sql.SQL("select {}" if one else "select outcomes, revisions, positions from {}").format(call)
+    return query.as_string().encode()
+
+
+def arguments_of_one(stream: int, part: Append) -> list[bytes | None]:
+    """Return the parameters of `append_one`, in the binary format, for `part`, which has one event."""
+    return [
+        stream.to_bytes(4, "big"),
+        part.partition.to_bytes(4, "big"),
+        arrays.value(part.subject_element),
+        part.expected.to_bytes(8, "big", signed=True),
+        arrays.value(part.ids[0]),
+        arrays.value(part.types[0]),
+        arrays.value(part.data[0]),
+        arrays.value(part.metadata[0]),
+    ]
 
 
 def arguments(stream: int, parts: Sequence[Append], *, careful: bool) -> list[bytes]:
-    """Return the parameters of `query`, in the binary format, for `parts` in their order."""
+    """Return the parameters of `append_group` and `append_all`, in the binary format, for `parts` in their order."""
     after = 0
     numbers: list[int] = []
     afters: list[int] = []

@@ -32,6 +32,7 @@ from refold.eventstore.errors import (
     UnavailableError,
 )
 from refold.eventstore.guard import Guard
+from refold.eventstore.pace import Pace
 
 log = structlog.get_logger(__name__)
 
@@ -42,6 +43,9 @@ GROUP_BYTES = 4 * 1024 * 1024
 PATIENCE = 10.0
 #: Seconds before a group is tried again: at first, and at most.
 _BACK_OFF = (0.05, 1.0)
+
+#: The stream migration that made `append_one`.
+_APPEND_ONE_MIGRATION = 4
 
 _NOT_SERVED = "RF001"
 #: The group was checked with other event types than the stream's.
@@ -159,6 +163,7 @@ class Lane:
         self._told = appended
         self._gone = gone
         self._running = False
+        self._pace = Pace()
         self._connection: StoreConnection | None = None  # the one used last
         self._waiting: collections.deque[Waiting | WaitingAll] = collections.deque()
         self._append_as(0)
@@ -174,6 +179,8 @@ class Lane:
         self._append = group_call.query(schema, "append_group", types_revision)
         self._append_all_name = f"refold_append_all_{number}_{types_revision}".encode()
         self._append_all = group_call.query(schema, "append_all", types_revision)
+        self._append_one_name = f"refold_append_one_{number}_{types_revision}".encode()
+        self._append_one = group_call.query(schema, "append_one", types_revision)
 
     def add(self, waiting: Waiting | WaitingAll) -> None:
         """Let an append wait for its transaction; they are applied in the order of these calls."""
@@ -187,21 +194,24 @@ class Lane:
     async def _run(self) -> None:
         """Commit group after group until nobody waits."""
         group: _Group = []
+        former = 0  # how many appends were in the group before
         try:
             while self._waiting:
-                group = self._take()
+                most = self._pace.share(former, len(self._waiting), worked=time.thread_time())
+                group = self._take(most)
                 await self._settle(group)
+                former = len(group)
         finally:
             self._running = False
-            # Nobody is left waiting, whatever went wrong here.
+            # Nobody is left waiting, whatever went wrong here or in `_answer`.
             self._fail([*group, *self._waiting], EventStoreError("the event store failed unexpectedly, see its log"))
             self._waiting.clear()
 
-    def _take(self) -> _Group:
-        """Take the appends of the next group, in the order in which they came; an atomic append is one alone."""
+    def _take(self, most: int) -> _Group:
+        """Take the next group, at most `most` appends in the order in which they came; an atomic one stands alone."""
         group: list[Waiting] = []
         events = size = 0
-        while self._waiting:
+        while self._waiting and len(group) < most:
             waiting = self._waiting[0]
             if waiting.outcome.cancelled():
                 self._waiting.popleft()  # its caller left before the transaction
@@ -230,7 +240,9 @@ class Lane:
                     return
                 begin = time.perf_counter()
                 columns = await self._commit(group, careful=careful)
-                metrics.COMMIT.observe(time.perf_counter() - begin)
+                seconds = time.perf_counter() - begin
+                self._pace.took(len(group), seconds)
+                metrics.COMMIT.observe(seconds)
             except (psycopg.Error, OSError) as error:
                 state = getattr(error, "sqlstate", None) or ""
                 if state == _NOT_SERVED or isinstance(
@@ -272,7 +284,10 @@ class Lane:
                     await asyncio.sleep(pause)
                 attempt += 1
             else:
-                self._answer(group, columns)
+                if self._waiting:  # the database begins with the next group before this one's callers go on
+                    asyncio.get_running_loop().call_soon(self._answer, group, columns)
+                else:
+                    self._answer(group, columns)
                 return
 
     async def _vet(self, group: _Group, *, stale: bool) -> _Group:
@@ -310,32 +325,44 @@ class Lane:
     async def _commit(self, group: _Group, *, careful: bool) -> list[tuple[int, ...]]:
         """Run the group's transaction; return outcomes, revisions and positions."""
         first = group[0]
+        one = False
+        arguments: Sequence[bytes | None]
         if isinstance(first, WaitingAll):
-            parts = first.appends
             name, query = self._append_all_name, self._append_all
+            arguments = group_call.arguments(self.stream.stream, first.appends, careful=careful)
         else:
             metrics.GROUP.observe(len(group))
-            parts = [waiting.append for waiting in cast("Sequence[Waiting]", group)]
-            name, query = self._append_name, self._append
-        arguments = group_call.arguments(self.stream.stream, parts, careful=careful)
+            one = len(group) == len(first.append.ids) == 1 and not careful
+            one = one and self.stream.migration >= _APPEND_ONE_MIGRATION
+            if one:
+                name, query = self._append_one_name, self._append_one
+                arguments = group_call.arguments_of_one(self.stream.stream, first.append)
+            else:
+                name, query = self._append_name, self._append
+                parts = [waiting.append for waiting in cast("Sequence[Waiting]", group)]
+                arguments = group_call.arguments(self.stream.stream, parts, careful=careful)
         async with self._connections.lend(self._connection) as conn:
             self._connection = conn
             result = await conn.call(name, query, arguments)
+        if one:
+            return [(value,) for value in arrays.int8_values(result.get_value(0, 0) or b"")]
         return [arrays.int8_values(result.get_value(0, column) or b"") for column in range(3)]
 
     def _answer(self, group: _Group, columns: list[tuple[int, ...]]) -> None:
-        first = group[0]
-        if isinstance(first, WaitingAll):
-            appended, replayed = self._answer_all(first, columns)
-        else:
-            appended, replayed = self._answer_each(cast("Sequence[Waiting]", group), columns)
+        try:
+            first = group[0]
+            if isinstance(first, WaitingAll):
+                appended, replayed = self._answer_all(first, columns)
+            else:
+                appended, replayed = self._answer_each(cast("Sequence[Waiting]", group), columns)
+        finally:
+            self._fail(group, EventStoreError("the event store failed unexpectedly, see its log"))
         if appended:
             self._appended.inc(appended)
-            self._told(self.stream)
+        if appended or replayed:
+            self._told(self.stream)  # a replayed one may be this group's own first attempt that nobody told of
         if replayed:
             self._replayed.inc(replayed)
-            # It may be this group's own first attempt that nobody told of.
-            self._told(self.stream)
 
     def _answer_all(self, waiting: WaitingAll, columns: list[tuple[int, ...]]) -> tuple[int, int]:
         """Give the atomic append its outcome; return the events that were appended, and whether it was replayed."""
