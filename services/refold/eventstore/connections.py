@@ -6,14 +6,14 @@ what the load needs stays cold and is closed when it is old. Broken connections 
 
 import asyncio
 import collections
-import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
 import psycopg
 from psycopg import AsyncConnection, generators
+from psycopg.abc import PQGen
 from psycopg.adapt import Buffer, Loader
 from psycopg.pq import ExecStatus, Format
 from psycopg.pq.abc import PGresult
@@ -48,8 +48,10 @@ class StoreConnection(AsyncConnection[Any]):
     def __init__(self, pgconn: psycopg.pq.abc.PGconn) -> None:
         super().__init__(pgconn)
         self._prepared_calls: set[bytes] = set()
+        self._listening: tuple[asyncio.AbstractEventLoop, int] | None = None  # which tells `_arrived`, of which socket
+        self._answered: asyncio.Future[None] | None = None  # a call that waits for its result
 
-    async def call(self, name: bytes, query: bytes, parameters: Sequence[bytes]) -> PGresult:
+    async def call(self, name: bytes, query: bytes, parameters: Sequence[bytes | None]) -> PGresult:
         """Run `query`, prepared as `name` on first use, and return its result in the binary format.
 
         A cursor converts parameters and results in Python, one by one; for an append that is a good part of its time.
@@ -67,10 +69,64 @@ class StoreConnection(AsyncConnection[Any]):
             return await self._result(ExecStatus.TUPLES_OK)
 
     async def _result(self, expected: ExecStatus) -> PGresult:
-        result: PGresult = (await self.wait(generators.execute(self.pgconn)))[-1]
-        if result.status != expected:
-            raise psycopg.errors.error_from_result(result)
-        return result
+        pgconn = self.pgconn
+        if pgconn.flush():  # it is more than the socket takes at once
+            await self.wait(generators.send(pgconn))
+        found: PGresult | None = None
+        while True:
+            while pgconn.is_busy():
+                await self._answer()
+            result = pgconn.get_result()
+            if result is None:
+                break
+            found = result
+        if found is None or found.status != expected:
+            raise psycopg.errors.error_from_result(found) if found else psycopg.OperationalError("there is no result")
+        return found
+
+    async def _answer(self) -> None:
+        """Wait until a whole result has come.
+
+        psycopg registers the socket with the event loop for each wait; between two calls this one stays registered.
+        """
+        loop = asyncio.get_running_loop()
+        if self._listening is None:
+            self._listening = loop, self.pgconn.socket
+            loop.add_reader(self.pgconn.socket, self._arrived)
+        self._answered = loop.create_future()
+        try:
+            await self._answered
+        finally:
+            self._answered = None
+
+    def _arrived(self) -> None:
+        """Take what has come; also where nobody waits for it, such as the server's last words."""
+        waiting = self._answered if self._answered and not self._answered.done() else None
+        try:
+            self.pgconn.consume_input()
+        except psycopg.Error as error:
+            self._stop_listening()
+            if waiting:
+                waiting.set_exception(error)
+        else:
+            if waiting and not self.pgconn.is_busy():
+                waiting.set_result(None)
+
+    def _stop_listening(self) -> None:
+        if self._listening is not None:
+            loop, socket = self._listening  # libpq may have closed it, and doesn't know its number any more
+            loop.remove_reader(socket)
+            self._listening = None
+
+    async def wait(self, gen: PQGen[_T], *arguments: Any, **options: Any) -> _T:
+        """Wait as psycopg does, which registers the socket itself."""
+        self._stop_listening()
+        return await super().wait(gen, *arguments, **options)
+
+    async def close(self) -> None:
+        """Close the connection."""
+        self._stop_listening()
+        await super().close()
 
 
 async def connect(dsn: str, application: str) -> StoreConnection:
@@ -109,9 +165,8 @@ class Connections:
         self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
         self._closed = False
 
-    @contextlib.asynccontextmanager
-    async def lend(self, like: StoreConnection | None = None) -> AsyncIterator[StoreConnection]:
-        """Lend a connection; waits while all are lent.
+    def lend(self, like: StoreConnection | None = None) -> "_Lent":
+        """Lend a connection for the time of an `async with`; waits while all are lent.
 
         Args:
             like: the one that is wanted where it is idle: plans of a stream take PostgreSQL about a megabyte in each
@@ -120,6 +175,10 @@ class Connections:
         Raises:
             psycopg.OperationalError: a new one was needed and PostgreSQL can't be reached or refuses.
         """
+        return _Lent(self, like)
+
+    async def _take(self, like: StoreConnection | None) -> tuple[StoreConnection, float]:
+        """Return a connection and when it was made."""
         while not self._idle and self._open >= self._size:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append(turn)
@@ -130,34 +189,32 @@ class Connections:
                     self._wake()
                 raise
         if self._idle:
-            at = next((at for at, (conn, _) in enumerate(self._idle) if conn is like), -1)
-            conn, born = self._idle.pop(at)
-        else:
-            self._open += 1
-            try:
-                conn = await connect(self._dsn, self._application)
-            except BaseException:
-                self._open -= 1
-                self._wake()
-                raise
-            born = time.monotonic()
+            if self._idle[-1][0] is like:
+                return self._idle.pop()
+            return self._idle.pop(next((at for at, (conn, _) in enumerate(self._idle) if conn is like), -1))
+        self._open += 1
         try:
-            yield conn
-        finally:
-            usable = not self._closed and not conn.closed and time.monotonic() - born < MAX_AGE
-            if usable and conn.info.transaction_status == psycopg.pq.TransactionStatus.IDLE:
-                self._idle.append((conn, born))
-            else:
-                self._open -= 1
-                stale = [conn]
-                if conn.broken:
-                    # What broke this one broke most likely all: the next caller gets a new one.
-                    stale += [other for other, _ in self._idle]
-                    self._open -= len(self._idle)
-                    self._idle.clear()
-                for one in stale:
-                    await one.close()
+            return await connect(self._dsn, self._application), time.monotonic()
+        except BaseException:
+            self._open -= 1
             self._wake()
+            raise
+
+    async def _give_back(self, conn: StoreConnection, born: float) -> None:
+        usable = not self._closed and not conn.closed and time.monotonic() - born < MAX_AGE
+        if usable and conn.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE:
+            self._idle.append((conn, born))
+        else:
+            self._open -= 1
+            stale = [conn]
+            if conn.broken:
+                # What broke this one broke most likely all: the next caller gets a new one.
+                stale += [other for other, _ in self._idle]
+                self._open -= len(self._idle)
+                self._idle.clear()
+            for one in stale:
+                await one.close()
+        self._wake()
 
     async def ask(self, read: Callable[[AsyncConnection[Any]], Awaitable[_T]], *, seconds: float) -> _T:
         """Return what `read` reads, asked once more where a connection had broken while it was idle.
@@ -192,3 +249,19 @@ class Connections:
             conn, _ = self._idle.pop()
             self._open -= 1
             await conn.close()
+
+
+class _Lent:
+    """One loan: gives the connection back at the end."""
+
+    __slots__ = ("_born", "_conn", "_connections", "_like")
+
+    def __init__(self, connections: Connections, like: StoreConnection | None) -> None:
+        self._connections, self._like = connections, like
+
+    async def __aenter__(self) -> StoreConnection:
+        self._conn, self._born = await self._connections._take(self._like)
+        return self._conn
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._connections._give_back(self._conn, self._born)

@@ -55,6 +55,11 @@ class Directory:
             raise UnknownStreamError(f"the stream {stream.namespace}/{stream.name} isn't active any more")
         return lane
 
+    def find(self, namespace: str, name: str) -> Stream | None:
+        """Return the active stream of that name where it is known already."""
+        lane = self._lanes.get((namespace, name))
+        return None if lane is None else lane.stream
+
     async def lane(self, namespace: str, name: str) -> Lane:
         """Return the lane of the active stream of that name.
 

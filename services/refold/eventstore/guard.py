@@ -11,9 +11,9 @@ Each append is checked when it comes, with the types that are known then. What i
 So a change of the types holds for all appends from its commit on, in every process and in both directions.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
+import msgspec
 import structlog
 from psycopg import sql
 
@@ -60,7 +60,7 @@ class Guard:
         if append.types_revision == self.revision:
             return append
         refusal = None if self.types is None else self.types.refusal(append.types, append.data, append.path)
-        return dataclasses.replace(append, refusal=refusal, types_revision=self.revision)
+        return msgspec.structs.replace(append, refusal=refusal, types_revision=self.revision)
 
     async def read(self) -> None:
         """Read the types from the catalog.

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import datetime as dt
+import functools
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Self
@@ -154,9 +155,8 @@ class EventStore:
             OverloadedError: too many appends wait.
             UnavailableError: PostgreSQL couldn't be asked in time; whether it was appended is unknown.
         """
-        return await self.submit(
-            await self.stream(namespace, name), subject, events, expected_revision=expected_revision
-        )
+        stream = self._directory.find(namespace, name) or await self.stream(namespace, name)
+        return await self.submit(stream, subject, events, expected_revision=expected_revision)
 
     def submit(
         self,
@@ -250,15 +250,14 @@ class EventStore:
         self._waiting += count
         self._waiting_bytes += size
         outcome: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-
-        def settled(outcome: asyncio.Future[Any]) -> None:
-            self._waiting -= count
-            self._waiting_bytes -= size
-            if not outcome.cancelled() and (error := outcome.exception()) is not None:
-                _count_refusal(error)
-
-        outcome.add_done_callback(settled)
+        outcome.add_done_callback(functools.partial(self._settled, count, size))
         return outcome
+
+    def _settled(self, count: int, size: int, outcome: asyncio.Future[Any]) -> None:
+        self._waiting -= count
+        self._waiting_bytes -= size
+        if not outcome.cancelled() and (error := outcome.exception()) is not None:
+            _count_refusal(error)
 
     async def subject_pages(
         self,
