@@ -14,8 +14,9 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from refold import sent_events
 from refold.events import Event
-from refold.eventstore import event_stream, server
+from refold.eventstore import server
 from refold.eventstore.bulk import BulkAnswer
 from refold.eventstore.settings import Settings
 from schemathesis import GenerationMode
@@ -57,7 +58,7 @@ async def installed(postgres: Postgres) -> Installed:
 @pytest.fixture(scope="module")
 def api(installed: Installed) -> Iterator[Served]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(event_stream, "LIFETIME", 0.0)  # what is watched ends at once
+        patch.setattr(sent_events, "LIFETIME", 0.0)  # what is watched ends at once
         with serve(server.make(Settings(store_dsn=installed.service, auth=tokens_file(TOKEN))), TOKEN) as served:
             yield served
 
@@ -93,7 +94,7 @@ def test_each_operation_answers_as_it_is_described(
             line = msgspec.json.Decoder(BulkAnswer if name == "bulk" else Event, strict=True)
             for raw in response.content.splitlines():
                 line.decode(raw)
-        elif not kind.startswith(event_stream.MEDIA_TYPE):
+        elif not kind.startswith(sent_events.MEDIA_TYPE):
             checks.append(response_schema_conformance)
         case.validate_response(response, checks=checks)
 

@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
-from refold import tokens
-from refold.eventstore import EventStore, catalog, event_stream, server
+from refold import sent_events, tokens
+from refold.eventstore import EventStore, catalog, metrics, server
 from refold.eventstore.settings import Settings
 
 from hack.servers import Postgres
@@ -137,7 +137,7 @@ async def test_what_cant_be_watched_is_a_problem(api: Served, log: Log) -> None:
 async def test_readers_are_bounded_and_a_silent_one_gets_heartbeats(
     api: Served, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(event_stream, "HEARTBEAT", 0.05)
+    monkeypatch.setattr(sent_events, "HEARTBEAT", 0.05)
     watching = [watcher(api, "/events:watch?after=now") for _ in range(3)]
     reading = [asyncio.create_task(take(one, 1)) for one in watching]
     await until(lambda: all(one.heartbeats >= 3 for one in watching))
@@ -152,16 +152,18 @@ async def test_readers_are_bounded_and_a_silent_one_gets_heartbeats(
 async def test_a_reader_that_doesnt_read_is_cut_off_and_an_answer_ends_when_its_time_is_up(
     api: Served, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(event_stream, "PATIENCE", 0.5)
+    monkeypatch.setattr(sent_events, "PATIENCE", 0.5)
     text = "x" * 100_000
     for _ in range(20):
         await log.add("cut", *(event(text) for _ in range(5)))
-    cut = event_stream.metrics.LIVE_CUT._value.get()
-    with socket.create_connection(("127.0.0.1", api.port)) as sock:
+    cut = metrics.LIVE_CUT._value.get()
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # else some kernels take all of it for the client
+        sock.connect(("127.0.0.1", api.port))
         sock.sendall(f"GET {STREAM}/subjects/cut/events:watch HTTP/1.1\r\nhost: x\r\n".encode())
         sock.sendall(f"authorization: Bearer {TOKEN}\r\n\r\n".encode())
-        await until(lambda: event_stream.metrics.LIVE_CUT._value.get() > cut)
-    monkeypatch.setattr(event_stream, "LIFETIME", 0.0)
+        await until(lambda: metrics.LIVE_CUT._value.get() > cut)
+    monkeypatch.setattr(sent_events, "LIFETIME", 0.0)
     watching = watcher(api, "/subjects/cut/events:watch")
     assert [one async for one in watching.told()] == []
     assert watching.complete

@@ -16,7 +16,8 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from refold.eventstore import event_stream, server
+from refold import sent_events
+from refold.eventstore import server
 from refold.eventstore.settings import Settings
 
 from hack.servers import Postgres
@@ -50,7 +51,7 @@ async def installed(postgres: Postgres) -> Installed:
 @pytest.fixture(scope="module")
 def api(installed: Installed) -> Iterator[Served]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(event_stream, "LIFETIME", 0.0)  # what is watched ends at once
+        patch.setattr(sent_events, "LIFETIME", 0.0)  # what is watched ends at once
         own = Settings(
             store_dsn=installed.service,
             auth=tokens_file(TOKEN),

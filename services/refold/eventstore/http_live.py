@@ -5,8 +5,8 @@ from collections.abc import Callable
 from starlette.requests import Request
 from starlette.responses import Response
 
-from refold import tokens
-from refold.eventstore import event_stream, http_asked
+from refold import sent_events, tokens
+from refold.eventstore import http_asked
 from refold.eventstore.errors import EventStoreError
 from refold.eventstore.event_stream import EventStream
 from refold.eventstore.http_asked import NAME, NAMESPACE, PARTITION, STREAM, SUBJECT
@@ -32,7 +32,7 @@ class LiveApi:
 
     def operations(self) -> list[Operation]:
         """Return what is served."""
-        answer = {event_stream.MEDIA_TYPE: str}
+        answer = {sent_events.MEDIA_TYPE: str}
         return [
             Operation(
                 "GET",
@@ -91,7 +91,7 @@ class LiveApi:
             ) from error
         if request.method == "HEAD":
             reader.close()
-            return Response(media_type=event_stream.MEDIA_TYPE)
+            return Response(media_type=sent_events.MEDIA_TYPE)
         return EventStream(reader)
 
 
