@@ -1,6 +1,6 @@
 """A read model in PostgreSQL, changed as projectors and the operator would, and the query service that serves it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from urllib.parse import quote, urlencode
 
@@ -80,6 +80,27 @@ class Model:
             partition,
             version,
         )
+
+    def change(self, items: Mapping[str, int | None], *, partition: int, position: int, version: str = "v1") -> None:
+        """Set `items` of rows (None: delete the row) and the position in one transaction, as a projector does."""
+        table = sql.Identifier(SCHEMA, readstore.rows_table(version))
+        with psycopg.connect(self.database) as connection:
+            for key, value in sorted(items.items()):
+                if value is None:
+                    connection.execute(sql.SQL("delete from {} where key = %s").format(table), [key])
+                else:
+                    connection.execute(
+                        sql.SQL(
+                            "insert into {} (key, items) values (%s, %s) on conflict (key) do update set items = %s"
+                        ).format(table),
+                        [key, value, value],
+                    )
+            connection.execute(
+                sql.SQL("update {} set position = %s where partition = %s and version = %s").format(
+                    sql.Identifier(SCHEMA, "positions")
+                ),
+                [position, partition, version],
+            )
 
     async def version(self, name: str = "v1", wanted: VersionDefinition | None = None) -> None:
         async with await psycopg.AsyncConnection.connect(self.database, autocommit=True) as connection:

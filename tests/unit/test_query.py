@@ -300,7 +300,7 @@ class _Store(Reader):
     def __init__(self) -> None:
         super().__init__(None, "shop", "order-status")  # type: ignore[arg-type] # no statement reaches the pool
 
-    async def _by_keys(self, keys: list[str]) -> tuple[Freshness, list[tuple[str, str]]]:
+    async def by_keys(self, keys: list[str]) -> tuple[Freshness, list[tuple[str, str]]]:
         await asyncio.sleep(0)
         return Freshness(LIVE, None, 0.0), [(key, f"row of {key}") for key in keys]
 

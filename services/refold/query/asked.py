@@ -1,4 +1,4 @@
-"""What a request for a page asks for. Pure."""
+"""What a request for a page, or for changes, asks for. Pure."""
 
 from typing import NamedTuple, Self
 
@@ -67,6 +67,20 @@ class AskedPage(NamedTuple):
         filters.indexed(self.order.column, live.comparable, "order")
         after = None if self.cursor is None else ordering.after(self.cursor, self.order, live.comparable)
         return live.page(conditions, self.order, after, self.limit + 1)
+
+
+def watched_keys(request: Request) -> list[str]:
+    """Return the keys that a request for changes names.
+
+    Raises:
+        Problem: 400 where there is another parameter, or see `keys`.
+    """
+    given: list[str] = []
+    for name, value in paths.query(request):
+        if name != "key":
+            raise problems.invalid_query(f"there is no parameter {name[:100]!r}; known: key", name[:100])
+        given.append(value)
+    return keys(given)
 
 
 def keys(given: list[str]) -> list[str]:

@@ -37,7 +37,7 @@ log = structlog.get_logger(__name__)
 CONNECTIONS = 8
 #: Statements of lookups by key under way at once, and the most keys in one.
 _LANES = 2
-_MOST_KEYS = 256
+MOST_KEYS = 256
 #: Statements of pages under way at once.
 _PAGES = CONNECTIONS - _LANES - 1
 #: Lookups that may wait; beyond, they are refused at once.
@@ -89,6 +89,11 @@ class Reader:
             task.add_done_callback(self._tasks.discard)
         return await future
 
+    async def by_keys(self, keys: list[str]) -> tuple[Freshness, list[tuple[str, str]]]:
+        """Return keys and rows (JSON text) of those of `keys`, at most `MOST_KEYS`, that have one, in any order."""
+        freshness, (_, *found) = await self._read(lambda live: live.by_keys(keys))
+        return freshness, [row[3:5] for row in found]
+
     async def page(
         self, build: Callable[[LiveVersion], Statement]
     ) -> tuple[Freshness, list[tuple[str, str, str | None]]]:
@@ -125,16 +130,12 @@ class Reader:
         freshness, (first,) = await self._read(LiveVersion.status)
         return freshness, first[3]
 
-    async def _by_keys(self, keys: list[str]) -> tuple[Freshness, list[tuple[str, str]]]:
-        freshness, (_, *found) = await self._read(lambda live: live.by_keys(keys))
-        return freshness, [row[3:5] for row in found]
-
     async def _look_up(self) -> None:
         while self._waiting:
-            asked, self._waiting = self._waiting[:_MOST_KEYS], self._waiting[_MOST_KEYS:]
+            asked, self._waiting = self._waiting[:MOST_KEYS], self._waiting[MOST_KEYS:]
             keys = [key for key, _ in asked]
             try:
-                freshness, rows = await self._by_keys(keys)
+                freshness, rows = await self.by_keys(keys)
             except Exception as error:  # noqa: BLE001 (each caller gets it)
                 for _, future in asked:
                     if not future.done():

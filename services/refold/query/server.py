@@ -1,6 +1,6 @@
 """The query service: one Projection's read model over HTTP.
 
-Rows are read by key, by keys, or as pages by filters and an order (`asked`).
+Rows are read by key, by keys, or as pages by filters and an order (`asked`), and followed as they change (`changes`).
 
 Each answer about rows tells how fresh it is: `Refold-Position` (a token of all that was applied), `Refold-Lag-Events`
 and `Refold-Lag-Seconds` (absent until the projector has looked at every partition), from the same snapshot as the rows.
@@ -13,25 +13,30 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import msgspec
+import structlog
 from starlette.requests import Request
 from starlette.responses import Response
 
-from refold import logs
+from refold import logs, sent_events
 from refold.query import answers, asked, problems
 from refold.query.answers import Rows
 from refold.query.asked import AskedPage
+from refold.query.changes import Changes, State
 from refold.query.filters import OPERATORS
 from refold.query.freshness import Freshness
 from refold.query.ordering import Cursor
 from refold.query.reader import Reader, make_pool
 from refold.query.settings import Settings
 from refold.query.waiting import DEFAULT_SECONDS, MOST_SECONDS, Waiting, wanted
+from refold.sent_events import SentEvents
 from refold.web import paths, server
 from refold.web.app import App
 from refold.web.auth.access import ROWS
 from refold.web.auth.choice import authority
 from refold.web.openapi import Operation, Parameter
 from refold.web.problems import Problem
+
+log = structlog.get_logger(__name__)
 
 _JSON = answers.MEDIA_TYPE
 _T = TypeVar("_T")
@@ -83,6 +88,7 @@ class Handlers:
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self._waiting = Waiting(reader)
+        self._changes = Changes(reader)
 
     async def row(self, request: Request) -> Response:
         """Answer the row of a key."""
@@ -127,6 +133,19 @@ class Handlers:
             parked=parked,
         )
         return Response(msgspec.json.encode(status), headers=freshness.headers, media_type=_JSON)
+
+    async def changes(self, request: Request) -> Response:
+        """Tell of changes as they come."""
+        keys = asked.watched_keys(request)
+        state = State.of(*await self._fresh(request, self._reader.status))
+        if request.method == "HEAD":
+            return Response(media_type=sent_events.MEDIA_TYPE)
+        watcher = self._changes.watch(keys, request.headers.get("last-event-id") or None, state)
+        return SentEvents(watcher, cut=lambda: log.info("A reader of changes took nothing for long and was cut off"))
+
+    def stop(self) -> None:
+        """End the answers without an end."""
+        self._changes.stop()
 
     async def _fresh(
         self, request: Request, read: Callable[[], Awaitable[tuple[Freshness, _T]]]
@@ -236,6 +255,31 @@ def operations(handlers: Handlers) -> list[Operation]:
         ),
         Operation(
             "GET",
+            "/v1/changes",
+            handlers.changes,
+            summary="When the read model changes, and rows of these keys as they are then, as server-sent events",
+            verb="watch",
+            parameters=[
+                Parameter(
+                    name="key",
+                    where="query",
+                    description="A key, repeatable: `row` events tell its row as it is, and after each change (`data` "
+                    "is null where there is none). Each `position` event, also without keys, says that all up to its "
+                    "token is told",
+                    schema={"type": "array", "items": {"type": "string"}, "maxItems": asked.MOST_KEYS},
+                ),
+                Parameter(
+                    name="last-event-id",
+                    where="header",
+                    description="The id of the last event that was read, to miss nothing since",
+                ),
+                *_WAITING,
+            ],
+            answer={sent_events.MEDIA_TYPE: str},
+            problems=[504],
+        ),
+        Operation(
+            "GET",
             "/v1/status",
             handlers.status,
             summary="The live version and its lag",
@@ -249,6 +293,7 @@ def app(settings: Settings) -> App:
     """Return the service as an application."""
     pool = make_pool(settings.readstore_dsn.get_secret_value())
     reader = Reader(pool, settings.namespace, settings.name)
+    handlers = Handlers(reader)
 
     @asynccontextmanager
     async def lifespan(_: App) -> AsyncIterator[None]:
@@ -268,12 +313,13 @@ def app(settings: Settings) -> App:
 
     return App(
         f"Refold query: {settings.projection}",
-        operations(Handlers(reader)),
+        operations(handlers),
         authority=authority(settings.auth),
         kind=ROWS,
         resource=lambda _: (settings.namespace, settings.name),
         ready=ready,
         lifespan=lifespan,
+        stop=handlers.stop,
     )
 
 
