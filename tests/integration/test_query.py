@@ -100,6 +100,29 @@ async def test_answers_tell_how_fresh_they_are_also_where_there_is_no_row(model:
         ]
 
 
+async def test_who_has_a_row_or_a_page_already_is_only_told_how_fresh_it_is(model: Model, served: Served) -> None:
+    await model.version("v1")
+    await model.version("v2")
+    for version in ("v1", "v2"):
+        model.put("a", version, items=1)
+    paths = ["/v1/rows/a", "/v1/rows?where=items:eq:1", "/v1/rows?key=a"]
+    tags = {path: served.ask(path).headers["etag"] for path in paths}
+    model.change({"other": 7}, partition=0, position=2)
+    model.advance(0, 2, 2, "v2")
+    for live in ("v1", "v2"):  # neither another row nor a swap changes them
+        model.execute("update {s}.pointer set live = %s", live)
+        for path, tag in tags.items():
+            answer = served.ask(path, headers={"if-none-match": f'"x", {tag}'})
+            assert (answer.status, answer.body, answer.headers["etag"]) == (304, b"", tag)
+            assert tokens.decode(answer.headers["refold-position"])[0].position == 2
+            assert served.ask(path, "HEAD").headers["etag"] == tag
+    model.change({"a": 2}, partition=0, position=3, version="v2")
+    for path, tag in tags.items():
+        answer = served.ask(path, headers={"if-none-match": tag})
+        assert answer.status == 200
+        assert answer.headers["etag"] != tag
+
+
 async def test_filters_select_rows_by_typed_values(model: Model, served: Served) -> None:
     await model.version()
     model.put("a", status="placed", items=1, total="0.10", paid=True, at="2026-01-31T23:59:59Z")

@@ -8,29 +8,23 @@ it already (`If-None-Match`) is answered with 304: no body, and how fresh the ro
 from hashlib import blake2b
 
 from starlette.requests import Request
-from starlette.responses import Response
 
 from refold.query.freshness import Freshness
+from refold.web.answers import JsonAnswer
 
-MEDIA_TYPE = "application/json"
-_CONTENT_TYPE = (b"content-type", MEDIA_TYPE.encode())
 #: A cache asks each time: who reads wants to know how fresh the rows are.
 _CACHE_CONTROL = (b"cache-control", b"no-cache")
 
 
-class Rows(Response):
+class Rows(JsonAnswer):
     """The answer with `body` (JSON) from the snapshot of `freshness`, or 304 where `request` says that it is known."""
 
     def __init__(self, request: Request, freshness: Freshness, body: bytes) -> None:
-        # Not by Starlette's: it makes each header anew for each answer, and these are most of its cost.
-        self.background = None
         etag = b'"%b"' % blake2b(body, digest_size=12).hexdigest().encode()
-        self.raw_headers = [*freshness.raw_headers, (b"etag", etag), _CACHE_CONTROL]
+        headers = [*freshness.raw_headers, (b"etag", etag), _CACHE_CONTROL]
+        super().__init__(body, headers=headers)
         if _known(request, etag):
-            self.status_code, self.body = 304, b""
-        else:
-            self.status_code, self.body = 200, body
-            self.raw_headers += ((b"content-length", b"%d" % len(body)), _CONTENT_TYPE)
+            self.status_code, self.body, self.raw_headers = 304, b"", headers
 
 
 def _known(request: Request, etag: bytes) -> bool:

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from refold import logs, sent_events
-from refold.query import answers, asked, problems
+from refold.query import asked, problems
 from refold.query.answers import Rows
 from refold.query.asked import AskedPage
 from refold.query.changes import Changes, State
@@ -38,7 +38,7 @@ from refold.web.problems import Problem
 
 log = structlog.get_logger(__name__)
 
-_JSON = answers.MEDIA_TYPE
+_JSON = "application/json"
 _T = TypeVar("_T")
 
 
