@@ -33,6 +33,8 @@ ANSWER_BYTES = 16 * 1024 * 1024
 #: Seconds that a line waits where too many appends of other requests are waiting.
 _OVERLOAD_PATIENCE = 30.0
 _OVERLOAD_PAUSE = 0.02
+#: Lines after which others have their turn, the database's answers among them: what has arrived may be 500 lines.
+_TURN_LINES = 50
 
 
 class BulkAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -91,6 +93,8 @@ class Bulk(Response):
     async def _read(self, writer: asyncio.Task[None]) -> None:
         try:
             async for number, raw in self._lines:
+                if not number % _TURN_LINES:
+                    await asyncio.sleep(0)
                 subject, outcome = await self._submit(number, raw)
                 self._window.append(_Line(number, subject, len(raw), outcome))
                 self._window_bytes += len(raw)
