@@ -14,11 +14,15 @@ from bench import orders, report, result
 from bench.servers import Servers
 from bench.workloads import WORKLOADS, Workload
 
+_UNASKED = [name for name, workload in WORKLOADS.items() if workload.unasked]
+
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line and run what it names, all workloads where it names none."""
+    """Parse the command line and run what it names; where it names none, all workloads that run unasked."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("workload", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(WORKLOADS)} (default: all)")
+    parser.add_argument(
+        "workload", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(WORKLOADS)} (default: {', '.join(_UNASKED)})"
+    )
     parser.add_argument("--store", metavar="DSN", help="PostgreSQL of the event store, as superuser (default: an own)")
     parser.add_argument("--kafka", metavar="HOST:PORT", help="Kafka (default: an own)")
     parser.add_argument(
@@ -39,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.runs < 1 or (options.events is not None and options.events < 1):
         parser.error("--runs and --events are at least 1")
 
-    chosen = {name: WORKLOADS[name] for name in options.workload or WORKLOADS}
+    chosen = {name: WORKLOADS[name] for name in options.workload or _UNASKED}
     counts = {name: options.events or workload.events_a_run(options.runs) for name, workload in chosen.items()}
     # who ends this process ends its servers too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))

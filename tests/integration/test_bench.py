@@ -23,7 +23,17 @@ def test_every_workload_gives_right_results_beside_its_limit_and_leaves_given_se
     tmp_path: Path, postgres: Postgres, kafka: Kafka
 ) -> None:
     done = bench(
-        "--events", "100", "--runs", "1", "--store", postgres.dsn(), "--kafka", kafka.bootstrap, "--into", str(tmp_path)
+        *WORKLOADS,
+        "--events",
+        "100",
+        "--runs",
+        "1",
+        "--store",
+        postgres.dsn(),
+        "--kafka",
+        kafka.bootstrap,
+        "--into",
+        str(tmp_path),
     )
 
     assert done.returncode == 0, done.stderr

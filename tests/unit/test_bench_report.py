@@ -120,7 +120,7 @@ def test_new_results_take_the_place_of_those_of_their_workloads_only(tmp_path: P
     report.keep(tmp_path, [result("relay", ratio=2.0)])
 
     kept = [(line["workload"], line["ratio"]) for line in report.read(tmp_path)]
-    assert kept == [("append-32", 1.0), ("relay", 2.0), ("two-replicas", 1.0), ("two-replicas", 1.0)]
+    assert kept == [("append-32", 1.0), ("two-replicas", 1.0), ("two-replicas", 1.0), ("relay", 2.0)]
 
 
 def test_the_table_goes_between_its_marks_and_nothing_else_changes(tmp_path: Path) -> None:
