@@ -5,6 +5,7 @@ fatal, or the outcome is unknown), after which the only safe thing is to begin a
 producer.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -221,12 +222,19 @@ class TransactionalProducer:
                 return
 
     def close(self) -> None:
-        """Abort what is open, as far as Kafka lets us at once, and end the producer."""
+        """Abort what is open, as far as Kafka lets us at once, and end the producer.
+
+        librdkafka's own end waits until Kafka is back, however long that is. So it comes on a thread of its own: the
+        shard goes on, and whoever takes over fences this producer in any case.
+        """
         if self._open:
             try:
                 self._producer.abort_transaction(3)
             except KafkaException:
                 self._producer.purge()  # fenced or out of reach: the successor's init_transactions ends it
+        threading.Thread(target=self._end, name="producer-end", daemon=True).start()
+
+    def _end(self) -> None:
         with suppress(KafkaException):
             self._producer.close()
 
