@@ -92,6 +92,8 @@ def _by_workload(results: Sequence[Result]) -> Mapping[str, list[Result]]:
 
 
 def _table(results: Sequence[Result]) -> str:
+    if not results:
+        return "No results are kept here yet."
     lines = [
         "| workload | measure | Refold | limit | ratio | must be | | taken |",
         "|---|---|---|---|---|---|---|---|",

@@ -39,7 +39,7 @@ class Workload(NamedTuple):
         return max(self.events, -(-self.in_all // runs))
 
 
-#: In the order of the data flow. The sizes are such that all that run unasked take less than 20 minutes on 2 cores.
+#: In the order of the data flow. The sizes are meant to let all that run unasked end within 20 minutes on 2 cores.
 WORKLOADS = {
     "append-32": Workload(append_library.append_32, 50_000),
     "append-1": Workload(append_library.append_1, 4_000, 10_000),
