@@ -14,11 +14,11 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from refold import sent_events
 from refold.events import Event
 from refold.eventstore import server
 from refold.eventstore.bulk import BulkAnswer
 from refold.eventstore.settings import Settings
+from refold.web import sent_events
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (

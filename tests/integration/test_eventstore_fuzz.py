@@ -16,9 +16,9 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from refold import sent_events
 from refold.eventstore import server
 from refold.eventstore.settings import Settings
+from refold.web import sent_events
 
 from hack.servers import Postgres
 from hack.servers.callers import tokens_file

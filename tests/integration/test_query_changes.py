@@ -11,8 +11,9 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
-from refold import sent_events, tokens
+from refold import tokens
 from refold.query import changes
+from refold.web import sent_events
 
 from hack.servers import Postgres
 from tests import querying

@@ -8,7 +8,7 @@ import structlog
 from refold.eventstore import metrics
 from refold.eventstore.errors import EventStoreError
 from refold.eventstore.live import LiveEvent, Reader
-from refold.sent_events import SentEvents, block
+from refold.web.sent_events import SentEvents, block
 
 log = structlog.get_logger(__name__)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from starlette.requests import Request
 from starlette.responses import Response
 
-from refold import sent_events, tokens
+from refold import tokens
 from refold.eventstore import http_asked
 from refold.eventstore.errors import EventStoreError
 from refold.eventstore.event_stream import EventStream
@@ -13,7 +13,7 @@ from refold.eventstore.http_asked import NAME, NAMESPACE, PARTITION, STREAM, SUB
 from refold.eventstore.live import After
 from refold.eventstore.problems import from_error
 from refold.eventstore.store import EventStore
-from refold.web import paths
+from refold.web import paths, sent_events
 from refold.web.openapi import Operation, Parameter
 from refold.web.problems import Problem
 

@@ -25,8 +25,8 @@ import structlog
 from refold.query import problems
 from refold.query.freshness import Freshness
 from refold.query.reader import MOST_KEYS, Reader
-from refold.sent_events import block
 from refold.web.problems import Problem
+from refold.web.sent_events import block
 
 log = structlog.get_logger(__name__)
 

@@ -17,7 +17,7 @@ import structlog
 from starlette.requests import Request
 from starlette.responses import Response
 
-from refold import logs, sent_events
+from refold import logs
 from refold.query import asked, problems
 from refold.query.answers import Rows
 from refold.query.asked import AskedPage
@@ -28,13 +28,13 @@ from refold.query.ordering import Cursor
 from refold.query.reader import Reader, make_pool
 from refold.query.settings import Settings
 from refold.query.waiting import DEFAULT_SECONDS, MOST_SECONDS, Waiting, wanted
-from refold.sent_events import SentEvents
-from refold.web import paths, server
+from refold.web import paths, sent_events, server
 from refold.web.app import App
 from refold.web.auth.access import ROWS
 from refold.web.auth.choice import authority
 from refold.web.openapi import Operation, Parameter
 from refold.web.problems import Problem
+from refold.web.sent_events import SentEvents
 
 log = structlog.get_logger(__name__)
 

@@ -93,6 +93,8 @@ def document(title: str, operations: Sequence[Operation], kind: str) -> bytes:
         responses: dict[str, Any] = {
             str(operation.status): {"description": "Success", "content": content(operation.answer)}
         }
+        if any(parameter.name == "If-None-Match" for parameter in operation.parameters):
+            responses["304"] = {"description": "The answer is the one that the caller has"}
         titles = {**_TITLES, 403: _forbidden(operation.verb, kind)}
         for status in sorted({400, 401, 403, 503, *operation.problems}):
             responses[str(status)] = {"description": titles[status], "content": content({MEDIA_TYPE: ProblemBody})}
