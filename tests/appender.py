@@ -50,7 +50,9 @@ async def _main(dsn: str, stream: str, done: dict[str, int]) -> None:
                     told = [subject, own, number, result.revision, result.partition, result.position]
                     print(json.dumps(told), flush=True)
 
-        await asyncio.gather(*(worker(subject, number) for subject, number in done.items()))
+        async with asyncio.TaskGroup() as workers:  # what one of them can't get over ends the process
+            for subject, number in done.items():
+                workers.create_task(worker(subject, number))
 
 
 if __name__ == "__main__":

@@ -111,12 +111,18 @@ class Process:
         if self._child is None:
             return
         # PostgreSQL's backends are in process groups of their own: stop the parent first, so that it makes no more
+        children: list[int] = []
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._child.pid, signal.SIGSTOP)
-            for pid in [*_children(self._child.pid), self._child.pid]:
+            children = _children(self._child.pid)
+            for pid in [*children, self._child.pid]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         self._child.wait()
+        # One that waits for a busy disk ends when that has answered; until then PostgreSQL refuses to start again.
+        deadline = time.monotonic() + 60
+        while _alive(children) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def accepts(port: int) -> bool:
@@ -124,6 +130,15 @@ def accepts(port: int) -> bool:
     with contextlib.closing(socket.socket()) as probe:
         probe.settimeout(1)
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _alive(pids: list[int]) -> bool:
+    """Tell whether one of these processes has not ended; one that nobody has asked for its exit code has."""
+    if not pids:
+        return False
+    command = ["ps", "-o", "stat=", "-p", ",".join(map(str, pids))]
+    states = subprocess.run(command, check=False, capture_output=True, text=True).stdout.split()
+    return any(not state.startswith("Z") for state in states)
 
 
 def _children(parent: int) -> list[int]:
