@@ -26,6 +26,8 @@ _T = TypeVar("_T")
 CONNECT_TIMEOUT = 5
 #: Seconds after which a connection is replaced, so that plans of streams that aren't used any more don't pile up.
 MAX_AGE = 900.0
+#: Seconds after which a call that has no answer looks itself whether one has come.
+_LOOK_SECONDS = 0.5
 _SESSION = (
     "set timezone = 'UTC'; set default_transaction_isolation = 'read committed'; set statement_timeout = '30s'; "
     # An acknowledged append must be on disk, whatever the database's default is.
@@ -90,14 +92,32 @@ class StoreConnection(AsyncConnection[Any]):
         psycopg registers the socket with the event loop for each wait; between two calls this one stays registered.
         """
         loop = asyncio.get_running_loop()
-        if self._listening is None:
-            self._listening = loop, self.pgconn.socket
-            loop.add_reader(self.pgconn.socket, self._arrived)
+        self._listen(loop)
         self._answered = loop.create_future()
+        looking = loop.call_later(_LOOK_SECONDS, self._look, loop)
         try:
             await self._answered
         finally:
+            looking.cancel()
             self._answered = None
+
+    def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._listening is None:
+            self._listening = loop, self.pgconn.socket
+            loop.add_reader(self.pgconn.socket, self._arrived)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Look at the socket without having been told, and listen anew.
+
+        After a server was killed it was seen that the event loop no longer told of the socket of the next connection.
+        """
+        waiting = self._answered
+        self._stop_listening()
+        self._arrived()
+        if waiting is not None and not waiting.done():
+            self._listen(loop)
+            again = loop.call_later(_LOOK_SECONDS, self._look, loop)
+            waiting.add_done_callback(lambda _: again.cancel())
 
     def _arrived(self) -> None:
         """Take what has come; also where nobody waits for it, such as the server's last words."""
