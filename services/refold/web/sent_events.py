@@ -26,6 +26,8 @@ _RETRY_MS = 1000
 HEARTBEAT = 15.0
 #: Seconds in which a client must take what was sent before.
 PATIENCE = 60.0
+#: Seconds that the kernel has more patience than we, so that a client that doesn't read is cut off by us and counted.
+_KERNEL_SECONDS = 30.0
 #: Seconds that a client that doesn't read has once the answer is to end.
 _LAST_PATIENCE = 2.0
 #: Seconds after which an answer is ended, at most; at least three quarters of it.
@@ -143,4 +145,4 @@ def _lose_sooner(transport: asyncio.Transport) -> None:
     """
     sock = transport.get_extra_info("socket")
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(PATIENCE * 1500))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int((PATIENCE + _KERNEL_SECONDS) * 1000))
