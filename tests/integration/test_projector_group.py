@@ -7,8 +7,8 @@ from contextlib import ExitStack
 import psycopg
 import pytest
 from refold.projection.fold import RowChange
-from refold.projection.readstore import MovedError
-from refold.projection.readstore.postgres_rows import Advance, PostgresRows
+from refold.projection.readstore import Advance, MovedError
+from refold.projection.readstore.postgres_rows import PostgresRows
 
 from hack.servers import Kafka
 from tests.projecting import (

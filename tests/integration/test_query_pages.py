@@ -14,9 +14,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from psycopg import sql
+from refold.projection.readstore import KEY, After, Page
 from refold.projection.readstore import postgres as readstore
+from refold.projection.readstore.postgres_reads import PostgresReads
 from refold.query import filters, ordering
-from refold.query.live import After, LiveVersion
 
 from hack.servers import Postgres
 from tests import querying
@@ -225,9 +226,11 @@ async def test_pages_are_what_python_finds_in_the_rows(model: Model, served: Ser
 
 
 def _plan(model: Model, parameters: list[str], order: str, after: After | None) -> str:
-    live = LiveVersion(SCHEMA, "v1", definition())
-    conditions = [one for text in parameters for one in filters.conditions(text, live.comparable)]
-    statement = live.page(conditions, ordering.parse(order), after, 11)
+    reads = PostgresReads(model.database, namespace="shop", name="order-status", connections=1)
+    version = reads.version("v1", definition())
+    comparable = {column.name: column for column in [KEY, *definition().definition.columns]}
+    conditions = [one for text in parameters for one in filters.conditions(text, comparable)]
+    statement = version.page_statement(Page(conditions, ordering.parse(order), after, 11))
     with psycopg.connect(model.database) as connection:
         rows = connection.execute(b"explain " + statement.sql, statement.parameters).fetchall()
     return "\n".join(row[0] for row in rows)
@@ -272,7 +275,7 @@ async def test_an_index_serves_it_and_no_table_is_read_through(
 async def test_pages_that_take_too_long_say_so_and_hold_up_nothing_else(
     model: Model, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("refold.query.reader._STATEMENT_SECONDS", 2)
+    monkeypatch.setattr("refold.projection.readstore.postgres_reads._STATEMENT_SECONDS", 2)
     await model.version()
     with querying.serve(model, postgres) as served, psycopg.connect(model.database) as connection:
         assert where(served) == []

@@ -13,8 +13,8 @@ from psycopg import AsyncConnection
 from refold import names
 from refold.projection.definition import Definition, StreamRef, VersionDefinition, parse
 from refold.projection.fold import Parked, RowChange, Stamp, compile_fold
-from refold.projection.readstore import MovedError, postgres
-from refold.projection.readstore.postgres_rows import Advance, PostgresRows
+from refold.projection.readstore import Advance, MovedError, postgres
+from refold.projection.readstore.postgres_rows import PostgresRows
 
 from tests.folding import Reference, definitions, events_of, steps
 

@@ -38,8 +38,7 @@ from refold.projection.backfill import Heads, History, HistoryUnavailableError, 
 from refold.projection.consumer import KafkaUnavailableError, Offsets, Place, TopicConsumer
 from refold.projection.definition import StreamRef, VersionDefinition
 from refold.projection.fold import Parked, ParkedEvent, compile_fold
-from refold.projection.readstore import MovedError, NotFoundError, RefusedError, UnavailableError
-from refold.projection.readstore.postgres_rows import Advance, PostgresRows, Seen
+from refold.projection.readstore import Advance, MovedError, NotFoundError, RefusedError, Seen, UnavailableError, stores
 from refold.projection.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -123,7 +122,7 @@ class Projector:
         self._stopping = threading.Event()
         self._beat = time.monotonic()
         self._not_ready: str | None = "starting"
-        self._rows = PostgresRows(
+        self._rows = stores.rows(
             settings.readstore_dsn.get_secret_value(),
             namespace=settings.namespace,
             name=settings.name,

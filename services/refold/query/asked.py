@@ -4,8 +4,9 @@ from typing import NamedTuple, Self
 
 from starlette.requests import Request
 
+from refold.projection.readstore import Order, Page
 from refold.query import filters, ordering, problems
-from refold.query.live import LiveVersion, Order, Statement
+from refold.query.live import LiveVersion
 from refold.web import paths
 
 DEFAULT_LIMIT = 100
@@ -55,8 +56,8 @@ class AskedPage(NamedTuple):
             once.get("cursor") or None,
         )
 
-    def statement(self, live: LiveVersion) -> Statement:
-        """Return what reads the page, and one row more where there is a next page.
+    def page(self, live: LiveVersion) -> Page:
+        """Return the page, with one row more where there is a next one.
 
         Raises:
             Problem: 422 where a filter or the order can't be served; 400 where the cursor isn't one for it.
@@ -66,7 +67,7 @@ class AskedPage(NamedTuple):
             conditions.append(filters.any_key(self.keys))
         filters.indexed(self.order.column, live.comparable, "order")
         after = None if self.cursor is None else ordering.after(self.cursor, self.order, live.comparable)
-        return live.page(conditions, self.order, after, self.limit + 1)
+        return Page(conditions, self.order, after, self.limit + 1)
 
 
 def watched_keys(request: Request) -> list[str]:

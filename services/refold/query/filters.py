@@ -1,30 +1,21 @@
 """Filters of the form `column:operator:value`, from the query string to conditions. Pure.
 
-No condition holds for a column that is null. Each is of a form that the column's index serves: `ne` is two ranges, a
-prefix is one (the texts that begin with it stand together in the order of code points, that of collation "C").
+No condition holds for a column that is null. Each is of a form that the column's index serves: a prefix is a range,
+since the texts that begin with it stand together in the order of code points.
 """
 
 import datetime as dt
 import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
-from typing import LiteralString, NamedTuple
+from typing import NamedTuple, cast, get_args
 
 from refold.projection.definition import Column, ColumnType
+from refold.projection.readstore import KEY, Comparison, Condition
 from refold.query import problems
-from refold.query.live import CASTS, Condition
 
-#: Operators by their name in a filter, and what they are in SQL.
-_COMPARISONS: Mapping[str, LiteralString] = {
-    "eq": "{column} = {value}",
-    "ne": "({column} < {value} or {column} > {value})",
-    "lt": "{column} < {value}",
-    "le": "{column} <= {value}",
-    "gt": "{column} > {value}",
-    "ge": "{column} >= {value}",
-}
-_ANY_OF: LiteralString = "{column} = any({value})"
-OPERATORS = (*_COMPARISONS, "in", "prefix")
+#: Operators by their name in a filter: comparisons of the read store, and one that is made of two.
+OPERATORS = (*get_args(Comparison), "prefix")
 #: Values that an `in` may list.
 MOST_VALUES = 1000
 
@@ -52,25 +43,24 @@ def conditions(text: str, columns: Mapping[str, Column]) -> list[Condition]:
     if operator not in OPERATORS:
         raise problems.unknown_operator(operator, OPERATORS)
     kind = _KINDS[column.type]
-    cast = CASTS[column.type]
     if operator not in kind.operators:
         raise problems.operator_not_for_type(name, column.type, operator, kind.operators, kind.way_out)
     if operator == "in":
         values = _split(value)
         if len(values) > MOST_VALUES:
             raise problems.invalid_query(f"'in' lists over {MOST_VALUES} values; ask in parts", "where")
-        return [Condition(name, _ANY_OF, cast + "[]", [_parse(kind, name, one) for one in values])]
+        return [Condition(column, "in", [_parse(kind, name, one) for one in values])]
     if operator == "prefix":
         begin = _parse(kind, name, value)
-        found = [Condition(name, _COMPARISONS["ge"], cast, begin)]
+        found = [Condition(column, "ge", begin)]
         end = after_prefix(value)
-        return found if end is None else [*found, Condition(name, _COMPARISONS["lt"], cast, end)]
-    return [Condition(name, _COMPARISONS[operator], cast, _parse(kind, name, value))]
+        return found if end is None else [*found, Condition(column, "lt", end)]
+    return [Condition(column, cast("Comparison", operator), _parse(kind, name, value))]
 
 
 def any_key(keys: list[str]) -> Condition:
     """Return the condition that a row's key is one of `keys`."""
-    return Condition("key", _ANY_OF, "text[]", keys)
+    return Condition(KEY, "in", keys)
 
 
 def indexed(name: str, columns: Mapping[str, Column], field: str) -> Column:
@@ -169,7 +159,7 @@ class _Kind(NamedTuple):
     way_out: str
 
 
-_ORDERED = (*_COMPARISONS, "in")
+_ORDERED = get_args(Comparison)
 _KINDS: Mapping[ColumnType, _Kind] = {
     ColumnType.TEXT: _Kind("a text without NUL", _text, OPERATORS, ""),
     ColumnType.INTEGER: _Kind("an integer of 64 bits", _integer, _ORDERED, "ask for a range by ge and lt"),

@@ -4,37 +4,21 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
-import msgspec
-
 from refold import tokens
+from refold.projection.readstore import Snapshot
 from refold.query.live import LiveVersion
 
 #: Seconds without a look at the head after which nobody seems to look: the projector stores one every ten.
 _UNSEEN_SECONDS = 30.0
 
 
-class Partition(msgspec.Struct, array_like=True, frozen=True):
-    """How far the version is in one partition; `seen_at` (Unix time) is when the projector last saw the head."""
-
-    incarnation: str
-    partition: int
-    position: int
-    head: int
-    lag_seconds: float
-    seen_at: float | None
-    stopped: str | None
-
-
-_decoder = msgspec.json.Decoder(list[Partition])
-
-
 class Freshness:
-    """The positions of a snapshot of `live`, read when the read store's clock (Unix time) was at `now`."""
+    """The positions of a snapshot of `live`."""
 
-    def __init__(self, live: LiveVersion, positions: str | None, now: float) -> None:
+    def __init__(self, live: LiveVersion, snapshot: Snapshot) -> None:
         self.live = live
-        self.partitions: list[Partition] = [] if positions is None else _decoder.decode(positions)
-        self._now = now
+        self.partitions = snapshot.partitions
+        self._now = snapshot.now
 
     @cached_property
     def token(self) -> str:

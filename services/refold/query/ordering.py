@@ -15,8 +15,8 @@ from typing import NamedTuple
 import msgspec
 
 from refold.projection.definition import Column
+from refold.projection.readstore import After, Order
 from refold.query import filters, problems
-from refold.query.live import After, Order
 from refold.web.problems import Problem
 
 #: The order without `order=`.

@@ -135,13 +135,13 @@ def unavailable(detail: str) -> Problem:
     return Problem(503, "readstore-unavailable", "Read store unavailable", detail, retry_after=1)
 
 
-def too_slow(seconds: float) -> Problem:
-    """A page took too long to find."""
+def too_slow(detail: str) -> Problem:
+    """A page took too long to find, or would have."""
     return Problem(
         503,
         "query-too-slow",
         "Query too slow",
-        f"the rows weren't found within {seconds:.0f} s, since the filters leave too many to be put in order; order by "
+        f"{detail}, since the filters leave too many to be put in order; order by "
         "a column that is filtered by (its index then gives the order), or filter by a further one. Just after "
         "'index: true' was added, the index is still being built",
         retry_after=10,

@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from refold import logs
+from refold.projection.readstore import stores
 from refold.query import asked, problems
 from refold.query.answers import Rows
 from refold.query.asked import AskedPage
@@ -25,7 +26,7 @@ from refold.query.changes import Changes, State
 from refold.query.filters import OPERATORS
 from refold.query.freshness import Freshness
 from refold.query.ordering import Cursor
-from refold.query.reader import Reader, make_pool
+from refold.query.reader import CONNECTIONS, Reader
 from refold.query.settings import Settings
 from refold.query.waiting import DEFAULT_SECONDS, MOST_SECONDS, Waiting, wanted
 from refold.web import paths, sent_events, server
@@ -105,7 +106,7 @@ class Handlers:
     async def rows(self, request: Request) -> Response:
         """Answer a page of the rows that have one of the keys and meet all filters."""
         page = AskedPage.of(request)
-        freshness, found = await self._fresh(request, lambda: self._reader.page(page.statement))
+        freshness, found = await self._fresh(request, lambda: self._reader.page(page.page))
         more = None
         if len(found) > page.limit:
             *_, (key, _, place) = found = found[: page.limit]
@@ -291,17 +292,22 @@ def operations(handlers: Handlers) -> list[Operation]:
 
 def app(settings: Settings) -> App:
     """Return the service as an application."""
-    pool = make_pool(settings.readstore_dsn.get_secret_value())
-    reader = Reader(pool, settings.namespace, settings.name)
+    reads = stores.reads(
+        settings.readstore_dsn.get_secret_value(),
+        namespace=settings.namespace,
+        name=settings.name,
+        connections=CONNECTIONS,
+    )
+    reader = Reader(reads, settings.projection)
     handlers = Handlers(reader)
 
     @asynccontextmanager
     async def lifespan(_: App) -> AsyncIterator[None]:
-        await pool.open(wait=False)
+        await reads.open()
         try:
             yield
         finally:
-            await pool.close(timeout=5)
+            await reads.close()
 
     async def ready() -> str | None:
         """Ready is who can answer: the read store answers and a version is live."""

@@ -1,13 +1,21 @@
 """Read stores: where projections keep their rows, positions and parked events.
 
-A read store has two sides. The operator's (`postgres.py`) claims a projection, makes, swaps and drops its versions and
-tells how far they are. The projector's (`postgres_rows.py`) applies a batch: rows, positions and parked events change
-in one transaction, or none of them does. What both sides speak of is here.
+A read store has three sides. The operator's claims a projection, makes, swaps and drops its versions and tells how far
+they are. The projector's (`Rows`) applies a batch: rows, positions and parked events change in one transaction, or none
+of them does. The query service's (`Reads`) reads rows together with the positions that they are of, from one snapshot.
+What they speak of is here; each store has a module for each side, such as `postgres.py`, `postgres_rows.py` and
+`postgres_reads.py`.
 """
 
 import datetime as dt
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
+
+from refold.projection.definition import Column, ColumnType, VersionDefinition
+from refold.projection.fold import Parked, ParkedEvent, RowChange
+from refold.projection.values import Value
 
 
 class ReadStoreError(Exception):
@@ -32,6 +40,14 @@ class RefusedError(ReadStoreError):
 
 class UnavailableError(ReadStoreError):
     """The read store can't be reached, or failed in a way that isn't the data's fault; it may come back."""
+
+
+class TooSlowError(UnavailableError):
+    """The read store would take too long, or look at too many rows, for what was asked."""
+
+
+class UnreadableError(UnavailableError):
+    """The read store holds what this release of Refold doesn't read; the message is for callers."""
 
 
 class PartitionStatus(msgspec.Struct, frozen=True):
@@ -100,3 +116,196 @@ class ProjectionStatus(msgspec.Struct, frozen=True):
 
     live: str | None
     versions: dict[str, VersionStatus]
+
+
+# -- the projector's side ---------------------------------------------------------------------------------------------
+
+
+class Position(msgspec.Struct, frozen=True):
+    """Where one partition stands in the read store, and the hint where to seek in the topic."""
+
+    incarnation: str
+    partition: int
+    position: int
+    topic_id: str | None
+    kafka_offset: int | None
+    stopped: str | None
+
+
+class Advance(msgspec.Struct, frozen=True):
+    """A batch's step in one partition: from position `before` to `after`, which was recorded at `recorded_at`.
+
+    `kafka_offset` is where to go on reading in the topic with id `topic_id`; both null where that isn't known.
+    """
+
+    incarnation: str
+    partition: int
+    before: int
+    after: int
+    recorded_at: dt.datetime | None
+    topic_id: str | None
+    kafka_offset: int | None
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """What a projector saw of a partition in the event store; lag in seconds, 0 where all is applied."""
+
+    incarnation: str
+    partition: int
+    head: int
+    lag_seconds: float
+
+
+class Rows(Protocol):
+    """One version of a projection as its projector writes it. Not for several threads.
+
+    Every method but `close` raises `UnavailableError` where the store can't be reached or doesn't answer as it should;
+    then nothing is known of a batch under way, and the next call connects anew.
+    """
+
+    def close(self) -> None:
+        """Close the connection."""
+
+    def open(self) -> VersionDefinition:
+        """Return the version's definition and prepare for writing.
+
+        Raises:
+            NotFoundError: there is no such version.
+        """
+
+    def positions(self, partitions: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Position]:
+        """Return where the partitions (incarnation, number) stand; one that isn't part of the version is left out."""
+
+    def parked(self, partitions: Iterable[tuple[str, int]]) -> tuple[Parked, dict[tuple[str, int], int]]:
+        """Return which rows and subjects are parked in the partitions, and how many events of each partition."""
+
+    def read(self, keys: Iterable[str], columns: Sequence[str]) -> dict[str, dict[str, Value]]:
+        """Return what stands in the rows, by key and column; a row that doesn't exist is left out.
+
+        The next `apply` writes only where nobody else has written these rows until then.
+        """
+
+    def apply(self, changes: Iterable[RowChange], parked: Sequence[ParkedEvent], advances: Sequence[Advance]) -> None:
+        """Write a batch: all of it in one transaction, or nothing.
+
+        Raises:
+            MovedError: a partition isn't at its `before`, or a row that was read has changed: another projector has
+                written in the meantime.
+            RefusedError: a row can't be stored (out of range, too large); smaller batches tell which event is to blame.
+        """
+
+    def see(self, seen: Sequence[Seen]) -> None:
+        """Store what was seen of the heads; positions aren't touched."""
+
+    def stop(self, incarnation: str, partition: int, reason: str | None) -> None:
+        """Store why the projector doesn't go on in a partition; None where it does."""
+
+
+# -- the query service's side -----------------------------------------------------------------------------------------
+
+#: The key as filters and orders know it: every row has one, and an index by it.
+KEY = Column(name="key", type=ColumnType.TEXT, index=True)
+#: How a column's value compares with another: `in` with any of a list. None holds for null.
+Comparison = Literal["eq", "ne", "lt", "le", "gt", "ge", "in"]
+
+
+class Condition(NamedTuple):
+    """What must hold of a row: an indexed column, or the key, compares so with `value`, which is of its type."""
+
+    column: Column
+    comparison: Comparison
+    value: object
+
+
+class Order(NamedTuple):
+    """By a column (or the key) and then by key, both ascending or both descending; null is the greatest value."""
+
+    column: str
+    descending: bool
+
+
+class After(NamedTuple):
+    """The place in an order after which a page begins: the column's value (null where by key) and the key."""
+
+    value: object
+    key: str
+
+
+class Page(NamedTuple):
+    """The first `most` rows beyond `after` that meet all `conditions`."""
+
+    conditions: Sequence[Condition]
+    order: Order
+    after: After | None
+    most: int
+
+
+class AppliedPartition(msgspec.Struct, array_like=True, frozen=True):
+    """How far a version is in one partition; `seen_at` (Unix time) is when the projector last saw the head."""
+
+    incarnation: str
+    partition: int
+    position: int
+    head: int
+    lag_seconds: float
+    seen_at: float | None
+    stopped: str | None
+
+
+class Snapshot(NamedTuple):
+    """What was true when rows were read: the live version, how far the version that was read is, the store's clock.
+
+    `partitions` are in the order of incarnation and number; `now` is Unix time. `parked`, how many events of the
+    version are, is counted only where it was asked for.
+    """
+
+    live: str | None
+    partitions: list[AppliedPartition]
+    now: float
+    parked: int = 0
+
+
+class VersionReads(Protocol):
+    """One version of a projection as queries read it; every answer is of one snapshot.
+
+    Every method raises `NotFoundError` where the version is gone, `UnavailableError` where the store doesn't answer.
+    """
+
+    async def by_keys(self, keys: Sequence[str]) -> tuple[Snapshot, list[tuple[str, str]]]:
+        """Return keys and data (JSON text) of the rows of `keys` that exist, in any order."""
+
+    async def page(self, page: Page) -> tuple[Snapshot, list[tuple[str, str, str | None]]]:
+        """Return the page's rows in order: key, data (JSON text), and a text of the value in the order's column.
+
+        That text is null where the value is, and where the order is by key.
+
+        Raises:
+            TooSlowError: too many rows would have to be looked at.
+        """
+
+    async def state(self) -> Snapshot:
+        """Return the snapshot alone."""
+
+    async def status(self) -> Snapshot:
+        """Return the snapshot with the number of parked events."""
+
+
+class Reads(Protocol):
+    """A projection as its query service reads it."""
+
+    async def open(self) -> None:
+        """Begin to connect, also while the store is away."""
+
+    async def close(self) -> None:
+        """Close all connections."""
+
+    async def live(self) -> tuple[str, VersionDefinition] | None:
+        """Return the live version's name and definition; None where there is none.
+
+        Raises:
+            UnavailableError: the store doesn't answer.
+            UnreadableError: the definition isn't one that this release reads.
+        """
+
+    def version(self, name: str, definition: VersionDefinition) -> VersionReads:
+        """Return what reads the version."""

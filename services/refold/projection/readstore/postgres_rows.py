@@ -35,7 +35,15 @@ from psycopg.rows import class_row
 from refold import names
 from refold.projection.definition import ColumnType, VersionDefinition, default_of, merges, single_partition
 from refold.projection.fold import Parked, ParkedEvent, RowChange, Stamp
-from refold.projection.readstore import MovedError, NotFoundError, RefusedError, UnavailableError
+from refold.projection.readstore import (
+    Advance,
+    MovedError,
+    NotFoundError,
+    Position,
+    RefusedError,
+    Seen,
+    UnavailableError,
+)
 from refold.projection.readstore.postgres import TYPES, default_literal, rows_table, stamp_column, stamped
 from refold.projection.values import Value
 
@@ -61,47 +69,8 @@ _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _MICROSECOND = dt.timedelta(microseconds=1)
 
 
-class Position(msgspec.Struct, frozen=True):
-    """Where one partition stands in the read store, and the hint where to seek in the topic."""
-
-    incarnation: str
-    partition: int
-    position: int
-    topic_id: str | None
-    kafka_offset: int | None
-    stopped: str | None
-
-
-class Advance(msgspec.Struct, frozen=True):
-    """A batch's step in one partition: from position `before` to `after`, which was recorded at `recorded_at`.
-
-    `kafka_offset` is where to go on reading in the topic with id `topic_id`; both null where that isn't known.
-    """
-
-    incarnation: str
-    partition: int
-    before: int
-    after: int
-    recorded_at: dt.datetime | None
-    topic_id: str | None
-    kafka_offset: int | None
-
-
-class Seen(msgspec.Struct, frozen=True):
-    """What a projector saw of a partition in the event store; lag in seconds, 0 where all is applied."""
-
-    incarnation: str
-    partition: int
-    head: int
-    lag_seconds: float
-
-
 class PostgresRows:
-    """One version of a projection in PostgreSQL, over one connection. Not for several threads.
-
-    Every method raises `UnavailableError` where PostgreSQL can't be reached or doesn't answer as it should; then
-    nothing is known of a batch under way, the connection is closed, and the next call opens a new one.
-    """
+    """One version of a projection in PostgreSQL, over one connection; the methods are those of `Rows`."""
 
     def __init__(self, dsn: str, *, namespace: str, name: str, version: str) -> None:
         """Remember where the version is; nothing is connected yet. `dsn` is of the projection's projector login."""
