@@ -15,6 +15,7 @@ from refold_operator.delegation import Delegation
 from refold_operator.errors import ReconcileError, UnreachableError
 from refold_operator.installation import Installation
 from refold_operator.kafka import Kafka
+from refold_operator.pace import Paces
 from refold_operator.projection import Surroundings
 from refold_operator.readstore import ReadStore
 from refold_operator.resources import FINALIZER
@@ -53,6 +54,7 @@ class Controller:
         self._access = access
         self._installation = installation
         self._delegation = Delegation(cluster)
+        self._paces = Paces()
         self._written: dict[Key, float] = {}
         self._readers: dict[Key, frozenset[str]] = {}
         self.queue = WorkQueue(self.reconcile)
@@ -82,7 +84,8 @@ class Controller:
             self.wake_readers(key.namespace, key.name)
         if result.failed:
             return Outcome(again=result.again, failed=True, message=result.conditions[0].message)
-        return Outcome(again=self._settings.resync_seconds if result.again is None else result.again)
+        resync = self._settings.resync_seconds
+        return Outcome(again=resync if result.again is None else min(result.again, resync))
 
     async def finalize(self, key: Key) -> Outcome:
         """Do what is left to do for a resource that is being deleted; failed means that it has to be tried again."""
@@ -123,6 +126,7 @@ class Controller:
             delegation=self._delegation,
             brokers=self._brokers,
             access=self._access,
+            paces=self._paces,
             key=self._installation.key,
         )
 
@@ -169,6 +173,7 @@ class Controller:
     def _forget(self, key: Key) -> None:
         self._written.pop(key, None)
         self._readers.pop(key, None)
+        self._paces.forget((key.namespace, key.name))
 
 
 def _is_warning(ready: Mapping[str, Any]) -> bool:

@@ -1,12 +1,15 @@
 """Projections: a read model in the read store, projectors that fold into it, a query service that serves it.
 
 A version is one build of the read model: a table, a consumer group, a Deployment. `reconcile` makes the version that
-the spec asks for beside the live one, moves readers to it once it has caught up, then takes the former one away. Which
-versions to keep and what to say about them is decided by pure functions.
+the spec asks for beside the live one and moves readers to it once it has caught up. The former one goes on folding for
+`spec.keepPrevious`, so that going back to it is a move of readers like any other, without a build; then it is taken
+away. Which versions to keep and what to say about them is decided by pure functions.
 """
 
 import contextlib
 import dataclasses
+import datetime as dt
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +33,7 @@ from refold_operator.cluster import Cluster, Object
 from refold_operator.delegation import Account, Delegation
 from refold_operator.errors import ForbiddenError, ReconcileError, UnreachableError
 from refold_operator.kafka import TopicRefusedError
+from refold_operator.pace import Paces
 from refold_operator.readstore import ReadStore
 from refold_operator.resources import REBUILD_ANNOTATION, TAKE_OVER_ANNOTATION, Projection
 from refold_operator.status import Condition, ConditionStatus, Status
@@ -52,6 +56,7 @@ class Surroundings:
     """What a reconcile works with.
 
     Attributes:
+        paces: how fast versions are being built, as seen by the reconciles before.
         key: the installation's key of passwords, None until the installation has read it.
     """
 
@@ -62,6 +67,7 @@ class Surroundings:
     delegation: Delegation
     brokers: Brokers
     access: Access
+    paces: Paces
     key: bytes | None
 
 
@@ -81,20 +87,35 @@ class Versions:
     """Which versions are kept and which go.
 
     Attributes:
-        target: the one that the spec asks for.
-        keep: the live one and the target.
-        drop: all others that the read store or the cluster still holds.
+        previous: the one that readers saw before the live one, while it is kept.
+        keep: the live one, the previous one, and the one that the spec asks for.
+        drop: others that the read store or the cluster still holds.
     """
 
-    target: str
+    previous: VersionStatus | None
     keep: frozenset[str]
     drop: frozenset[str]
 
 
-def plan_versions(*, target: str, live: str | None, stored: Collection[str], running: Collection[str]) -> Versions:
-    """Decide which versions stay: readers' and the wanted one; a superseded build goes at once."""
-    keep = frozenset({target} if live is None else {target, live})
-    return Versions(target, keep, (frozenset(stored) | frozenset(running)) - keep)
+def plan_versions(
+    *, target: str | None, state: ProjectionStatus, running: Collection[str], keep_previous: dt.timedelta
+) -> Versions:
+    """Decide which versions stay: readers', their previous one for a while, and the wanted one.
+
+    A superseded build goes at once. Where nobody knows which version the spec asks for (`target` is None), only those
+    that readers saw once are dropped: a build may be what it turns out to ask for.
+    """
+    retired = {name: one for name, one in state.versions.items() if one.retired_seconds is not None}
+    latest = min(retired.values(), key=lambda one: one.retired_seconds or 0.0, default=None)
+    previous = latest if latest is not None and _left(latest, keep_previous) > 0 else None
+    keep = {target, state.live, previous.version if previous else None} - {None}
+    drop = set(retired) if target is None else {*state.versions, *running}
+    return Versions(previous, frozenset(name for name in keep if name), frozenset(drop - keep))
+
+
+def _left(version: VersionStatus, keep_previous: dt.timedelta) -> float:
+    """Return for how many seconds a version that readers saw once is still kept; negative where it isn't."""
+    return keep_previous.total_seconds() - (version.retired_seconds or 0.0)
 
 
 async def reconcile(projection: Projection, around: Surroundings) -> Result:
@@ -115,7 +136,9 @@ async def reconcile(projection: Projection, around: Surroundings) -> Result:
         except ReconcileError:
             # What serves is looked after, whatever is wrong with what is to come.
             if state.live is not None:
-                deployments = await _apply(projection, around, {state.live}, found)
+                plan = _plan(projection, None, state, {})
+                deployments = await _apply(projection, around, plan.keep, found)
+                await _drop(projection, around, plan)
             raise
         target = version
         with _readstore_errors():
@@ -124,16 +147,25 @@ async def reconcile(projection: Projection, around: Surroundings) -> Result:
             ):
                 _log.info("version made", namespace=namespace, name=name, version=version)
             state = await around.readstore.status(namespace=namespace, name=name)
-        plan = plan_versions(target=version, live=state.live, stored=state.versions, running=())
+        plan = _plan(projection, version, state, {})
         deployments = await _apply(projection, around, plan.keep, found)
         with _readstore_errors():
             await around.readstore.try_swap(namespace=namespace, name=name, version=version)
             state = await around.readstore.status(namespace=namespace, name=name)
-        await _drop_former(projection, around, version, state, deployments)
+        await _drop(projection, around, _plan(projection, version, state, deployments))
     except ReconcileError as error:
         problem = error
         deployments = deployments or await _look(projection, around)
-    return _result(projection, target=target, state=state, deployments=deployments, problem=problem, found=found)
+    building = state.versions.get(target) if target is not None and target != state.live else None
+    return _result(
+        projection,
+        target=target,
+        state=state,
+        deployments=deployments,
+        problem=problem,
+        found=found,
+        pace=around.paces.see((namespace, name), building),
+    )
 
 
 async def finalize(projection: Projection, around: Surroundings) -> None:
@@ -323,21 +355,21 @@ async def _readable(around: Surroundings, refs: Sequence[StreamRef]) -> list[Str
     return list(readable.values())
 
 
-async def _drop_former(
-    projection: Projection,
-    around: Surroundings,
-    version: str,
-    state: ProjectionStatus,
-    deployments: Mapping[str, Object],
-) -> None:
-    """Take away the versions that neither readers nor the spec want."""
-    namespace, name = projection.metadata.namespace, projection.metadata.name
+def _plan(
+    projection: Projection, target: str | None, state: ProjectionStatus, deployments: Mapping[str, Object]
+) -> Versions:
+    """Plan with the versions that have one of `deployments`, too."""
     running = {
         deployment["metadata"]["labels"][children.VERSION_LABEL]
         for deployment in deployments.values()
         if children.VERSION_LABEL in deployment["metadata"]["labels"] and children.owned_by(deployment, projection)
     }
-    plan = plan_versions(target=version, live=state.live, stored=state.versions, running=running)
+    return plan_versions(target=target, state=state, running=running, keep_previous=projection.spec.keep_previous)
+
+
+async def _drop(projection: Projection, around: Surroundings, plan: Versions) -> None:
+    """Take away the versions that go."""
+    namespace, name = projection.metadata.namespace, projection.metadata.name
     for former in sorted(plan.drop):
         child = names.projector_name(name, former)
         with _cluster_errors():
@@ -367,17 +399,20 @@ def _result(
     deployments: Mapping[str, Object],
     problem: ReconcileError | None,
     found: Sequence[str],
+    pace: float | None,
 ) -> Result:
-    """Make conditions and status of what was found. Pure."""
+    """Make conditions and status of what was found; `pace` is the build's, in events a second. Pure."""
     live = state.versions.get(state.live) if state.live is not None else None
     building = state.versions.get(target) if target is not None and target != state.live else None
     name = projection.metadata.name
     query = deployments.get(names.query_name(name))
     projector = deployments.get(names.projector_name(name, state.live)) if state.live is not None else None
     available = _available(projection, live, query)
-    ready = _ready(projection, target, live, available, projector, problem)
-    progressing = _progressing(building, [query, projector], problem)
-    degraded = _degraded(live, problem)
+    builder = deployments.get(names.projector_name(name, building.version)) if building is not None else None
+    failing = _failing(building, live, builder)
+    ready = _ready(projection, target, live, available, projector, problem, failing)
+    progressing = _progressing(building, [query, projector], problem, failing)
+    degraded = _degraded(live, problem, failing)
     status: Status = {"url": children.url(projection), "parked": 0, "replicas": 0}
     if live is not None:
         status["live"] = {"version": live.version}
@@ -387,16 +422,28 @@ def _result(
     if projector is not None:
         status["replicas"] = projector.get("status", {}).get("replicas", 0)
     if building is not None:
-        status["building"] = {"version": building.version, "progress": progress(building)}
+        status["building"] = build_status(building, live, pace)
+    previous = _plan(projection, target, state, {}).previous
+    if previous is not None and previous.retired_at is not None and previous.version != target:
+        until = previous.retired_at + projection.spec.keep_previous
+        status["previous"] = {
+            "version": previous.version,
+            "keptUntil": until.astimezone(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
     again = None
     if problem is not None:
         again = problem.retry_after
+    elif failing is not None:
+        again = _STARTING_SECONDS
     elif building is not None:
         again = _BUILDING_SECONDS
     elif ready.status != "True" or progressing.status == "True":
         again = _STARTING_SECONDS
     elif live is not None and live.lag_events:
         again = _LAGGING_SECONDS
+    if previous is not None and problem is None:
+        left = max(1.0, _left(previous, projection.spec.keep_previous))
+        again = left if again is None else min(again, left)
     return Result(
         [ready, available, progressing, degraded],
         status,
@@ -406,11 +453,40 @@ def _result(
     )
 
 
-def progress(version: VersionStatus) -> str:
-    """Return how much of the history `version` has folded, like 63%; below 100% until it has seen all partitions."""
-    if any(partition.seen_at is None for partition in version.partitions):
-        return f"{min(99, version.position * 100 // max(version.head, 1))}%"
-    return f"{version.position * 100 // version.head}%" if version.head else "100%"
+def build_status(building: VersionStatus, live: VersionStatus | None, pace: float | None) -> Status:
+    """Return how far a build is, and how long it takes at its `pace` (events a second) where that is known."""
+    # What the live version's projectors saw of a partition counts until the build's own look at it.
+    heads = {(one.incarnation, one.partition): one.head for one in live.partitions} if live is not None else {}
+    head = sum(
+        max(one.head, one.position, heads.get((one.incarnation, one.partition), 0)) for one in building.partitions
+    )
+    applied = building.position
+    percent = applied * 100 // head if head else 100
+    if any(one.seen_at is None for one in building.partitions):
+        percent = 0 if not head else min(99, percent)
+    status: Status = {"version": building.version, "progress": f"{percent}%", "applied": applied, "events": head}
+    if pace:
+        status["eventsPerSecond"] = round(pace)
+        status["remainingSeconds"] = math.ceil((head - applied) / pace)
+    return status
+
+
+def _failing(building: VersionStatus | None, live: VersionStatus | None, builder: Object | None) -> str | None:
+    """Return why a build can't take the live version's place unless somebody does something."""
+    if building is None:
+        return None
+    if building.stopped:
+        return "; ".join(dict.fromkeys(building.stopped))
+    parked = live.parked if live is not None else 0
+    if building.parked > parked:
+        return (
+            f"{building.parked} of its events failed and were set aside, or follow one that did, {parked} of the live "
+            f"version's, so readers would go back; the first: {building.parked_error}"
+        )
+    for condition in builder.get("status", {}).get("conditions", []) if builder is not None else []:
+        if (condition["type"], condition["status"]) in (("Progressing", "False"), ("ReplicaFailure", "True")):
+            return f"its projectors don't start: {condition.get('message', condition.get('reason'))}"
+    return None
 
 
 def _available(projection: Projection, live: VersionStatus | None, query: Object | None) -> Condition:
@@ -430,9 +506,18 @@ def _ready(
     available: Condition,
     projector: Object | None,
     problem: ReconcileError | None,
+    failing: str | None,
 ) -> Condition:
     if problem is not None:
         return Condition("Ready", "False", problem.reason, problem.message)
+    if failing is not None:
+        return Condition(
+            "Ready",
+            "False",
+            "BuildFailed",
+            f"version {target} doesn't take the place of {live.version if live else 'none'}: {failing}. Readers see "
+            "what they saw; the next change of the definition builds another version",
+        )
     if live is None or live.version != target:
         return Condition(
             "Ready",
@@ -449,11 +534,16 @@ def _ready(
 
 
 def _progressing(
-    building: VersionStatus | None, deployments: Sequence[Object | None], problem: ReconcileError | None
+    building: VersionStatus | None,
+    deployments: Sequence[Object | None],
+    problem: ReconcileError | None,
+    failing: str | None,
 ) -> Condition:
     if problem is not None:
         going_on: ConditionStatus = "True" if problem.reason in PASSING else "False"
         return Condition("Progressing", going_on, problem.reason, problem.message)
+    if failing is not None:
+        return Condition("Progressing", "False", "BuildFailed", failing)
     if building is not None:
         return Condition("Progressing", "True", "Building", f"version {building.version} is being built")
     if any(deployment is None or not rolled_out(deployment) for deployment in deployments):
@@ -461,7 +551,7 @@ def _progressing(
     return Condition("Progressing", "False", "Complete", "nothing is under way")
 
 
-def _degraded(live: VersionStatus | None, problem: ReconcileError | None) -> Condition:
+def _degraded(live: VersionStatus | None, problem: ReconcileError | None, failing: str | None) -> Condition:
     if live is not None and live.stopped:
         return Condition("Degraded", "True", "PartitionStopped", "; ".join(dict.fromkeys(live.stopped)))
     if live is not None and live.parked:
@@ -473,6 +563,8 @@ def _degraded(live: VersionStatus | None, problem: ReconcileError | None) -> Con
         )
     if problem is not None and problem.reason not in PASSING:
         return Condition("Degraded", "True", problem.reason, problem.message)
+    if failing is not None:
+        return Condition("Degraded", "True", "BuildFailed", failing)
     return Condition("Degraded", "False", "AsExpected", "nothing needs a person")
 
 

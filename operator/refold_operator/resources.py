@@ -1,9 +1,11 @@
 """EventStreams and Projections as the operator reads them; the API server has checked them against the CRDs."""
 
+import datetime as dt
+import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 #: Changing its value builds a new version of a Projection from the same definition.
 REBUILD_ANNOTATION = "refold.dev/rebuild"
@@ -12,6 +14,25 @@ TAKE_OVER_ANNOTATION = "refold.dev/take-over"
 FINALIZER = "refold.dev/finalizer"
 
 DeletionPolicy = Literal["Retain", "Delete"]
+
+
+_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+
+
+def duration(text: object) -> dt.timedelta:
+    """Return a duration like 1h30m, 90s or 0s, as the CRDs let them pass.
+
+    Raises:
+        ValueError: `text` is something else.
+    """
+    found = _DURATION.fullmatch(text) if isinstance(text, str) and text else None
+    if found is None:
+        raise ValueError(f"not a duration like 1h30m: {text!r}")
+    hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return dt.timedelta(hours=hours, minutes=minutes, seconds=seconds)
+
+
+Duration = Annotated[dt.timedelta, BeforeValidator(duration)]
 
 
 class _Model(BaseModel):
@@ -76,6 +97,7 @@ class ProjectionSpec(_Model):
     streams: list[str]
     projector: Processes = Processes()
     query: Processes = Processes()
+    keep_previous: Duration = Field(default=dt.timedelta(hours=1), alias="keepPrevious", validate_default=False)
     deletion_policy: DeletionPolicy = Field(default="Delete", alias="deletionPolicy")
 
 

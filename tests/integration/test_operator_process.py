@@ -247,6 +247,8 @@ RULES = [{"type": "OrderPlaced", "set": {"status": "'placed'"}}]
         (projection("default", fold=[{**RULES[0], "when": ""}]), "spec.fold[0].when"),
         (projection("default", projector={"replicas": -1}), "spec.projector.replicas"),
         (projection("default", query={"replicas": 1000}), "spec.query.replicas"),
+        (projection("default", keepPrevious="1 day"), "spec.keepPrevious"),
+        (projection("default", keepPrevious="721h"), "spec.keepPrevious"),
         (projection("default", query={"resources": {"limits": {"memory": "much"}}}), "spec.query.resources.limits"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -268,6 +270,8 @@ def test_the_api_server_refuses_a_bad_spec_and_names_the_field(
         event_stream("default", events=[{"name": "Any"}, {"name": "Never", "schema": False}]),
         event_stream("default", events=[{"name": "n" * 255, "schema": {"$ref": "#/$defs/a", "$defs": {"a": {}}}}]),
         projection("default", "p" * 40),
+        projection("default", keepPrevious="0s"),
+        projection("default", keepPrevious="719h59m60s"),
         projection("default", projector={"replicas": 0, "resources": {"requests": {"cpu": 1, "memory": "1.5Gi"}}}),
         projection(
             "default", fold=[{"type": "X", "delete": True}, {"type": "X", "add": {"status": "1"}, "when": "true"}]
@@ -481,33 +485,218 @@ def test_scaling_a_projection_scales_its_projectors(api: ApiServer, namespace: s
     until(lambda: api.get("projection", "status", "-n", namespace)["status"]["replicas"] == 2)
 
 
+class Positions:
+    """The read model's tables, in which a test does what projectors would."""
+
+    def __init__(self, operator: Operator, namespace: str, name: str = "status") -> None:
+        self.schema = f"{namespace}.{name}.read"
+        self._connection = psycopg.connect(operator.admin[operator.readstore], autocommit=True)
+
+    def __enter__(self) -> "Positions":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    def execute(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
+        cursor = self._connection.execute(statement.format(schema=f'"{self.schema}"'), parameters)
+        return cursor.fetchall() if cursor.description else []
+
+    def reach(self, version: str, position: int, *, head: int = 10) -> None:
+        self.execute(
+            "update {schema}.positions set position = %s, head = %s, seen_at = now() where version = %s",
+            position, head, version,
+        )  # fmt: skip
+
+    def park(self, version: str) -> None:
+        self.execute(
+            "insert into {schema}.parked (version, incarnation, partition, position, key, subject, error) "
+            "values (%s, '', 0, 3, 'a', 'a', 'no field x')",
+            version,
+        )
+
+    def versions(self) -> set[str]:
+        """Return the versions that have a table."""
+        tables = "select tablename from pg_tables where schemaname = %s and tablename like 'rows%%'"
+        return {row[0].removeprefix("rows_") for row in self.execute(tables, self.schema)}
+
+    def retired_long_ago(self, version: str) -> None:
+        self.execute("update {schema}.versions set retired_at = now() - interval '2 h' where version = %s", version)
+
+
+@pytest.fixture
+def positions(operator: Operator, namespace: str) -> Iterator[Positions]:
+    with Positions(operator, namespace) as found:
+        yield found
+
+
+def changed(namespace: str, to: str = "changed", **spec: Any) -> dict[str, Any]:
+    return projection(namespace, fold=[{"type": "OrderPlaced", "set": {"status": f"'{to}'"}}], **spec)
+
+
+def building(api: ApiServer, namespace: str, *, but: str = "") -> str:
+    """Return the version that is being built, another one than `but`."""
+
+    def version() -> str:
+        found: str = api.get("projection", "status", "-n", namespace)["status"]["building"]["version"]
+        return "" if found == but else found
+
+    return until(version)
+
+
 def test_a_changed_definition_is_built_beside_the_live_one_and_swapped(
-    api: ApiServer, operator: Operator, namespace: str
+    api: ApiServer, namespace: str, positions: Positions
+) -> None:
+    api.apply(event_stream(namespace), projection(namespace, keepPrevious="0s"))
+    until(lambda: serves(api, namespace))
+    former = live(api, namespace)
+    positions.reach(former, 10)
+    api.apply(changed(namespace, keepPrevious="0s"))
+    becomes(api, "projection", namespace, "status", "False", "Building")
+    version = building(api, namespace)
+    assert live(api, namespace) == former
+    assert {f"status-projector-{each}" for each in (former, version)} < names(api, "deployments", namespace)
+    roll_out(api, namespace)
+    conditions = until(lambda: api.get("projection", "status", "-n", namespace)["status"]["conditions"])
+    assert {each["type"]: each["status"] for each in conditions}["Available"] == "True"
+    positions.reach(version, 10)
+    until(lambda: serves(api, namespace), seconds=20)
+    assert live(api, namespace) == version
+    until(lambda: f"status-projector-{former}" not in names(api, "deployments", namespace))
+    until(lambda: f"status-projector-{former}" not in names(api, "secrets", namespace))
+    until(lambda: positions.versions() == {version})
+
+
+def test_the_former_version_goes_on_and_its_definition_brings_it_back_at_once(
+    api: ApiServer, operator: Operator, namespace: str, positions: Positions
 ) -> None:
     api.apply(event_stream(namespace), projection(namespace))
     until(lambda: serves(api, namespace))
     former = live(api, namespace)
-    with psycopg.connect(operator.admin[operator.readstore], autocommit=True) as connection:
-        positions = f'"{namespace}.status.read".positions'
-        connection.execute(f"update {positions} set position = 10, head = 10, seen_at = now()")
-        changed = projection(namespace, fold=[{"type": "OrderPlaced", "set": {"status": "'changed'"}}])
-        api.apply(changed)
-        becomes(api, "projection", namespace, "status", "False", "Building")
-        building = api.get("projection", "status", "-n", namespace)["status"]["building"]["version"]
-        assert live(api, namespace) == former
-        assert {f"status-projector-{each}" for each in (former, building)} < names(api, "deployments", namespace)
-        roll_out(api, namespace)
-        conditions = until(lambda: api.get("projection", "status", "-n", namespace)["status"]["conditions"])
-        assert {each["type"]: each["status"] for each in conditions}["Available"] == "True"
-        connection.execute(
-            f"update {positions} set position = 10, head = 10, seen_at = now() where version = %s", [building]
-        )
-        until(lambda: serves(api, namespace), seconds=20)
-        assert live(api, namespace) == building
-        until(lambda: f"status-projector-{former}" not in names(api, "deployments", namespace))
-        until(lambda: f"status-projector-{former}" not in names(api, "secrets", namespace))
-        tables = "select count(*) from pg_tables where schemaname = %s and tablename like 'rows%%'"
-        until(lambda: connection.execute(tables, [f"{namespace}.status.read"]).fetchone() == (1,))
+    positions.reach(former, 10)
+    api.apply(changed(namespace))
+    version = building(api, namespace)
+    positions.reach(version, 10)
+    until(lambda: live(api, namespace) == version)
+    until(lambda: serves(api, namespace))
+    previous = api.get("projection", "status", "-n", namespace)["status"]["previous"]
+    assert previous["version"] == former
+    assert 3500 < _seconds(previous["keptUntil"]) - time.time() <= 3600
+    assert {f"status-projector-{each}" for each in (former, version)} < names(api, "deployments", namespace)
+    api.kubectl("scale", "projection", "status", "--replicas=2", "-n", namespace)
+    until(lambda: api.get("deployment", f"status-projector-{former}", "-n", namespace)["spec"]["replicas"] == 2)
+
+    # its projectors are a little behind: until they aren't, readers stay where they are
+    positions.reach(former, 9)
+    api.apply(projection(namespace))
+    becomes(api, "projection", namespace, "status", "False", "Building")
+    assert building(api, namespace) == former
+    assert live(api, namespace) == version
+    operator.kill()
+    positions.reach(former, 10)
+    operator.start()
+    until(lambda: live(api, namespace) == former)
+    until(lambda: serves(api, namespace))
+    assert positions.versions() == {former, version}
+    assert api.get("projection", "status", "-n", namespace)["status"]["previous"]["version"] == version
+    api.apply(changed(namespace))
+    until(lambda: live(api, namespace) == version)
+
+    # two hours later
+    operator.kill()
+    positions.retired_long_ago(former)
+    operator.start()
+    until(lambda: positions.versions() == {version})
+    until(lambda: f"status-projector-{former}" not in names(api, "deployments", namespace))
+    until(lambda: serves(api, namespace))
+    assert "previous" not in api.get("projection", "status", "-n", namespace)["status"]
+
+
+def test_a_kept_version_is_dropped_in_time_while_the_definition_is_a_bad_one(
+    api: ApiServer, namespace: str, positions: Positions
+) -> None:
+    api.apply(event_stream(namespace), projection(namespace))
+    until(lambda: serves(api, namespace))
+    former = live(api, namespace)
+    positions.reach(former, 10)
+    api.apply(changed(namespace))
+    version = building(api, namespace)
+    positions.reach(version, 10)
+    until(lambda: live(api, namespace) == version)
+    api.apply(projection(namespace, fold=[{"type": "OrderPlaced", "set": {"nowhere": "'placed'"}}]))
+    until(lambda: ready(api, "projection", namespace, "status")[0] == "False")
+    assert {f"status-projector-{each}" for each in (former, version)} < names(api, "deployments", namespace)
+    positions.retired_long_ago(former)
+    api.kubectl("annotate", "projection", "status", "look=again", "-n", namespace)
+    until(lambda: positions.versions() == {version})
+    until(lambda: f"status-projector-{former}" not in names(api, "deployments", namespace))
+
+
+def test_a_build_that_fails_is_said_and_superseded_by_the_next_edit(
+    api: ApiServer, namespace: str, positions: Positions
+) -> None:
+    api.apply(event_stream(namespace), projection(namespace))
+    until(lambda: serves(api, namespace))
+    former = live(api, namespace)
+    positions.reach(former, 10)
+    api.apply(changed(namespace, "wrong"))
+    wrong = building(api, namespace)
+    positions.park(wrong)
+    positions.reach(wrong, 10)
+    becomes(api, "projection", namespace, "status", "False", "BuildFailed")
+    roll_out(api, namespace)
+    found = api.get("projection", "status", "-n", namespace)["status"]
+    conditions = {each["type"]: each for each in found["conditions"]}
+    assert "no field x" in conditions["Ready"]["message"]
+    assert conditions["Degraded"]["status"] == "True"
+    assert conditions["Available"]["status"] == "True"
+    assert live(api, namespace) == former
+    warnings = [each for each in api.get("events", "-n", namespace)["items"] if each["reason"] == "BuildFailed"]
+    assert [each["type"] for each in warnings] == ["Warning"]
+
+    api.apply(changed(namespace, "right"))
+    right = building(api, namespace, but=wrong)
+    until(lambda: positions.versions() == {former, right})
+    until(lambda: f"status-projector-{wrong}" not in names(api, "deployments", namespace))
+    positions.reach(right, 10)
+    until(lambda: serves(api, namespace))
+    assert live(api, namespace) == right
+    assert positions.versions() == {former, right}
+
+
+def test_the_annotation_rebuilds_with_the_same_definition_and_tells_how_far_it_is(
+    api: ApiServer, operator: Operator, namespace: str, positions: Positions
+) -> None:
+    api.apply(event_stream(namespace), projection(namespace))
+    until(lambda: serves(api, namespace))
+    former = live(api, namespace)
+    positions.reach(former, 100_000, head=100_000)
+    api.kubectl("annotate", "projection", "status", "refold.dev/rebuild=once", "-n", namespace)
+    version = building(api, namespace)
+    assert version != former
+
+    def progress() -> dict[str, Any]:
+        positions.execute("update {schema}.positions set position = position + 20 where version = %s", version)
+        found: dict[str, Any] = api.get("projection", "status", "-n", namespace)["status"]["building"]
+        return found if "remainingSeconds" in found else {}
+
+    positions.reach(version, 10, head=100_000)
+    looked = operator.metric("refold_reconciliations_total")
+    until(lambda: not progress() and operator.metric("refold_reconciliations_total") >= looked + 3)
+    positions.park(former)  # numbers alone are written every half minute: other news
+    found = until(progress)
+    assert found["events"] == 200_000
+    assert 0 < found["applied"] < 200_000
+    assert found["progress"] == f"{found['applied'] * 100 // 200_000}%"
+    left = found["events"] - found["applied"]
+    assert found["remainingSeconds"] == pytest.approx(left / found["eventsPerSecond"], abs=2, rel=0.1)
+    positions.reach(version, 100_000, head=100_000)
+    until(lambda: live(api, namespace) == version)
+    until(lambda: serves(api, namespace))
+    assert "building" not in api.get("projection", "status", "-n", namespace)["status"]
+    positions.execute("delete from {schema}.parked")
+    api.kubectl("annotate", "projection", "status", "refold.dev/rebuild-", "-n", namespace)
+    until(lambda: live(api, namespace) == former)
 
 
 def test_a_bad_definition_is_said_and_leaves_the_live_version_alone(api: ApiServer, namespace: str) -> None:

@@ -189,6 +189,34 @@ async def test_a_version_is_swapped_in_only_where_readers_do_not_go_back(admin: 
         await postgres.try_swap(admin, **ORDERS, version="cccc0003")
 
 
+async def test_the_read_store_knows_when_a_version_was_last_live(admin: AsyncConnection[Any]) -> None:
+    async def retired() -> dict[str, bool]:
+        found = await postgres.status(admin, **ORDERS)
+        assert all((one.retired_at is None) == (one.retired_seconds is None) for one in found.versions.values())
+        return {name: one.retired_at is not None for name, one in found.versions.items()}
+
+    await make(admin, V1)
+    await make(admin, V2)
+    assert await retired() == {V1: False, V2: False}
+    assert await postgres.try_swap(admin, **ORDERS, version=V1)
+    assert await retired() == {V1: False, V2: False}
+    assert await postgres.try_swap(admin, **ORDERS, version=V2)
+    assert await retired() == {V1: True, V2: False}
+    await admin.execute(f"update \"{SCHEMA}\".versions set retired_at = now() - interval '90 s' where version = '{V1}'")
+    (first, _) = (await postgres.status(admin, **ORDERS)).versions.values()
+    assert first.retired_seconds == pytest.approx(90, abs=30)
+    assert await postgres.try_swap(admin, **ORDERS, version=V1), "a former version folds on, so that it can come back"
+    assert await retired() == {V1: False, V2: True}
+
+
+async def test_a_read_model_of_an_earlier_refold_gets_what_was_added_since(admin: AsyncConnection[Any]) -> None:
+    await make(admin, V1)
+    await admin.execute(f'alter table "{SCHEMA}".versions drop column retired_at')
+    await make(admin, V2)
+    assert await postgres.try_swap(admin, **ORDERS, version=V2)
+    assert (await postgres.status(admin, **ORDERS)).versions[V1].retired_at is not None
+
+
 async def test_a_version_with_a_partition_that_the_live_one_lacks_waits_for_its_head(
     admin: AsyncConnection[Any],
 ) -> None:

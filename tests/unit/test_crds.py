@@ -1,5 +1,7 @@
 """The CRDs: structural, bounded, described, and equal to the models that read the resources."""
 
+import datetime as dt
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import yaml
 from refold.projection.definition import OPERATIONS, Column, ColumnType, Definition, FoldRule
 from refold_operator import eventstream, resources
 
+BAD_DURATIONS = ["", "1", "1d", "-1h", "1.5h", "1h 30m", "30m1h", "1H", "h"]
 CRDS = Path(__file__).parents[2] / "crds"
 FILES = {"EventStream": CRDS / "eventstreams.yaml", "Projection": CRDS / "projections.yaml"}
 
@@ -122,7 +125,7 @@ def test_printer_columns_show_fields_that_exist() -> None:
 
 
 def test_the_definitions_model_has_the_projections_fields() -> None:
-    own = {"projector", "query", "deletionPolicy"}
+    own = {"projector", "query", "keepPrevious", "deletionPolicy"}
     assert set(schema("Projection", "spec")["properties"]) - own == set(Definition.model_fields)
     assert set(schema("Projection", "spec", "columns", "[]")["properties"]) == set(Column.model_fields)
     assert set(schema("Projection", "spec", "fold", "[]")["properties"]) == set(FoldRule.model_fields)
@@ -139,7 +142,8 @@ def test_the_operators_models_have_the_resources_fields() -> None:
     assert aliases(resources.Topic) == set(schema("EventStream", "spec", "topic")["properties"])
     assert aliases(resources.Processes) == set(schema("Projection", "spec", "projector")["properties"])
     assert aliases(resources.Processes) == set(schema("Projection", "spec", "query")["properties"])
-    assert aliases(resources.ProjectionSpec) - {"streams"} == {"projector", "query", "deletionPolicy"}
+    own = {"projector", "query", "keepPrevious", "deletionPolicy"}
+    assert aliases(resources.ProjectionSpec) - {"streams"} == own
 
 
 def test_the_rule_allows_the_topic_configs_that_the_operator_manages() -> None:
@@ -157,6 +161,23 @@ def test_the_models_read_the_defaults_that_the_api_server_fills_in(kind: str) ->
     model = resources.EventStreamSpec if kind == "EventStream" else resources.ProjectionSpec
     assert model.model_fields["deletion_policy"].default == policy["default"]
     assert set(policy["enum"]) == {"Retain", "Delete"}
+    kept = schema("Projection", "spec", "keepPrevious")["default"]
+    assert resources.ProjectionSpec.model_fields["keep_previous"].default == resources.duration(kept)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("0s", 0), ("1h", 3600), ("1h30m", 5400), ("90s", 90), ("1h1s", 3601), *((bad, None) for bad in BAD_DURATIONS)],
+)
+def test_durations_are_what_the_schema_lets_pass(text: str, seconds: int | None) -> None:
+    pattern = schema("Projection", "spec", "keepPrevious")["pattern"]
+    if seconds is None:
+        assert not re.search(pattern, text) or len(text) < 2
+        with pytest.raises(ValueError, match="duration"):
+            resources.duration(text)
+    else:
+        assert re.search(pattern, text)
+        assert resources.duration(text) == dt.timedelta(seconds=seconds)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import base64
 import datetime as dt
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from refold_operator.cluster import covers
 from refold_operator.errors import ReconcileError
 from refold_operator.eventstream import Create, Keep, Refuse, plan_topic
 from refold_operator.kafka import Topic
-from refold_operator.projection import plan_versions, progress
+from refold_operator.pace import Paces
+from refold_operator.projection import build_status, plan_versions
 from refold_operator.settings import AccessSettings, Settings
 from refold_operator.status import Condition, conditions, merge_patch, only_numbers_changed
 
@@ -380,7 +382,7 @@ class TestConditions:
 def version(name: str, **changes: Any) -> VersionStatus:
     values: dict[str, Any] = {
         "version": name, "live": False, "created_at": dt.datetime.now(dt.UTC), "parked": 0, "parked_error": None,
-        "partitions": [partition()],
+        "partitions": [partition()], "retired_at": None, "retired_seconds": None,
     }  # fmt: skip
     return VersionStatus(**{**values, **changes})
 
@@ -403,6 +405,11 @@ def deployment(name: str, *, wanted: int = 1, available: int = 1) -> dict[str, A
     }  # fmt: skip
 
 
+def progress(*partitions: PartitionStatus) -> str:
+    text: str = build_status(version("new", partitions=list(partitions)), None, None)["progress"]
+    return text
+
+
 def outcome(
     *,
     target: str | None = "new",
@@ -411,6 +418,7 @@ def outcome(
     deployments: list[dict[str, Any]] | None = None,
     problem: ReconcileError | None = None,
     resource: resources.Projection | None = None,
+    pace: float | None = None,
 ) -> tuple[dict[str, Condition], projection.Result]:
     state = ProjectionStatus(
         live=live, versions={each.version: each for each in ([version("new")] if versions is None else versions)}
@@ -424,6 +432,7 @@ def outcome(
         deployments={each["metadata"]["name"]: each for each in deployments},
         problem=problem,
         found=[],
+        pace=pace,
     )
     return {condition.type: condition for condition in result.conditions}, result
 
@@ -451,8 +460,58 @@ class TestProjectionStatus:
         assert found["Available"].status == "True"
         assert (found["Ready"].status, found["Ready"].reason) == ("False", "Building")
         assert found["Progressing"].status == "True"
-        assert result.status["building"] == {"version": "new", "progress": "30%"}
+        assert result.status["building"] == {"version": "new", "progress": "30%", "applied": 3, "events": 10}
         assert result.again is not None
+
+    def test_the_pace_of_a_build_tells_how_long_the_rest_takes(self) -> None:
+        building = version("new", partitions=[partition(position=3_000, head=10_000)])
+        _, result = outcome(live="old", versions=[version("old"), building], pace=1999.6)
+        assert result.status["building"] == {
+            "version": "new", "progress": "30%", "applied": 3000, "events": 10_000, "eventsPerSecond": 2000,
+            "remainingSeconds": 4,
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("building", "status", "says"),
+        [
+            (version("new", parked=3, parked_error="no field x"), {}, "3 of its events failed .* 1 of the live"),
+            (version("new", partitions=[partition(stopped="lacks position 7")]), {}, "lacks position 7"),
+            (
+                version("new"),
+                {
+                    "type": "Progressing",
+                    "status": "False",
+                    "reason": "ProgressDeadlineExceeded",
+                    "message": "timed out",
+                },
+                "don't start: timed out",
+            ),
+            (
+                version("new"),
+                {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": "exceeded quota"},
+                "exceeded quota",
+            ),
+        ],
+    )
+    def test_a_build_that_fails_is_said_and_leaves_the_live_version_available(
+        self, building: VersionStatus, status: dict[str, str], says: str
+    ) -> None:
+        builder = deployment("status-projector-new")
+        builder["status"]["conditions"] = [status] if status else []
+        found, result = outcome(
+            live="old",
+            versions=[version("old", parked=1, parked_error="y"), building],
+            deployments=[deployment("status-query"), deployment("status-projector-old"), builder],
+        )
+        assert found["Available"].status == "True"
+        assert (found["Ready"].status, found["Ready"].reason) == ("False", "BuildFailed")
+        assert re.search(says, found["Ready"].message)
+        assert (found["Progressing"].status, found["Degraded"].status) == ("False", "True")
+        assert result.again is not None, "it may go on: an event may be discarded, a quota raised"
+
+    def test_as_many_parked_events_as_in_the_live_version_are_no_failure(self) -> None:
+        versions = [version("old", parked=2, parked_error="y"), version("new", parked=2, parked_error="y")]
+        assert outcome(live="old", versions=versions)[0]["Ready"].reason == "Building"
 
     def test_a_bad_definition_leaves_the_live_version_available(self) -> None:
         error = ReconcileError("Ready", "UnknownColumn", "spec.fold[0].set.x: there is no column x")
@@ -497,15 +556,91 @@ class TestProjectionStatus:
 
     def test_progress_is_never_complete_before_every_partition_was_seen(self) -> None:
         unseen = [partition(), partition(partition=1, position=0, head=0, seen_at=None)]
-        assert progress(version("new", partitions=unseen)) == "99%"
-        assert progress(version("new", partitions=[partition(position=0, head=0)])) == "100%"
-        assert progress(version("new", partitions=[partition(position=0, head=0, seen_at=None)])) == "0%"
+        assert progress(*unseen) == "99%"
+        assert progress(partition(position=0, head=0)) == "100%"
+        assert progress(partition(position=0, head=0, seen_at=None)) == "0%"
 
+    def test_what_the_live_version_saw_counts_until_the_builds_own_look(self) -> None:
+        unseen = version("new", partitions=[partition(position=0, head=0, seen_at=None)])
+        assert build_status(unseen, version("old"), None)["events"] == 10
+        assert build_status(unseen, version("old"), None)["progress"] == "0%"
+
+    def test_a_kept_version_is_told_with_its_end_and_looked_at_then(self) -> None:
+        at = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
+        versions = [version("new"), version("old", retired_at=at, retired_seconds=90.0)]
+        _, result = outcome(versions=versions, resource=owner(keepPrevious="2m"))
+        assert result.status["previous"] == {"version": "old", "keptUntil": "2026-01-02T03:06:05Z"}
+        assert result.again == 30
+        _, result = outcome(versions=versions, resource=owner(keepPrevious="1m"))
+        assert "previous" not in result.status
+
+
+HOUR = dt.timedelta(hours=1)
+
+
+def retired(name: str, seconds: float) -> VersionStatus:
+    at = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=seconds)
+    return version(name, retired_at=at, retired_seconds=seconds)
+
+
+def planned(
+    *versions: VersionStatus, target: str | None, live: str | None, running: set[str] | None = None
+) -> projection.Versions:
+    state = ProjectionStatus(live=live, versions={one.version: one for one in versions})
+    return plan_versions(target=target, state=state, running=running or set(), keep_previous=HOUR)
+
+
+class TestVersions:
     def test_the_live_and_the_wanted_version_stay_and_all_others_go(self) -> None:
-        planned = plan_versions(target="c", live="a", stored={"a", "b", "c"}, running={"a", "x"})
-        assert planned.keep == {"a", "c"}
-        assert planned.drop == {"b", "x"}
-        assert plan_versions(target="c", live=None, stored=(), running=()).keep == {"c"}
+        plan = planned(version("a"), version("b"), version("c"), target="c", live="a", running={"a", "x"})
+        assert (plan.keep, plan.drop) == ({"a", "c"}, {"b", "x"})
+        assert planned(target="c", live=None).keep == {"c"}
+
+    def test_the_version_before_the_live_one_is_kept_for_a_while(self) -> None:
+        plan = planned(retired("a", 3599), version("b"), target="b", live="b")
+        assert (plan.keep, plan.drop) == ({"a", "b"}, frozenset())
+        assert plan.previous is not None
+        assert plan.previous.version == "a"
+        plan = planned(retired("a", 3601), version("b"), target="b", live="b")
+        assert (plan.keep, plan.drop, plan.previous) == ({"b"}, {"a"}, None)
+
+    def test_only_the_last_one_is_kept_so_that_edits_in_a_row_do_not_pile_up(self) -> None:
+        plan = planned(retired("a", 20), retired("b", 10), version("c"), target="c", live="c")
+        assert (plan.keep, plan.drop) == ({"b", "c"}, {"a"})
+
+    def test_going_back_keeps_both_and_nothing_is_dropped_that_may_become_wanted(self) -> None:
+        plan = planned(retired("a", 20), version("b"), target="a", live="b")
+        assert (plan.keep, plan.drop) == ({"a", "b"}, frozenset())
+        plan = planned(retired("a", 4000), version("b"), target="a", live="b")
+        assert plan.keep == {"a", "b"}, "it is wanted, however long ago it was live"
+
+    def test_while_nobody_knows_what_is_wanted_only_what_was_live_long_ago_goes(self) -> None:
+        plan = planned(retired("a", 4000), version("b"), version("c"), target=None, live="b", running={"b", "c"})
+        assert (plan.keep, plan.drop) == ({"b"}, {"a"})
+
+
+class TestPaces:
+    KEY = ("shop", "status")
+
+    def at(self, position: int, name: str = "new") -> VersionStatus:
+        return version(name, partitions=[partition(position=position)])
+
+    def test_a_pace_is_known_from_the_second_look_on_and_is_that_of_the_last_half_minute(self) -> None:
+        paces = Paces()
+        assert paces.see(self.KEY, self.at(0), now=100) is None
+        assert paces.see(self.KEY, self.at(2000), now=102) == 1000
+        for second in range(104, 200, 2):
+            pace = paces.see(self.KEY, self.at(2000 + 10 * (second - 102)), now=second)
+        assert pace == pytest.approx(10)
+        assert paces.see(self.KEY, self.at(4000), now=1198) == pytest.approx(1, rel=0.1), "a look a long time after"
+
+    def test_another_version_and_another_projection_have_paces_of_their_own(self) -> None:
+        paces = Paces()
+        paces.see(self.KEY, self.at(500), now=100)
+        assert paces.see(self.KEY, self.at(100, "other"), now=102) is None
+        assert paces.see(("shop", "else"), self.at(600), now=102) is None
+        assert paces.see(self.KEY, None, now=103) is None
+        assert paces.see(self.KEY, self.at(200, "other"), now=104) is None
 
 
 class TestCredentials:

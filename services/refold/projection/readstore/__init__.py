@@ -79,6 +79,10 @@ class VersionStatus(msgspec.Struct, frozen=True):
     version: str
     live: bool
     created_at: dt.datetime
+    #: When another version took its place before readers, and how many seconds ago by the read store's clock; null
+    #: where it is live or never was.
+    retired_at: dt.datetime | None
+    retired_seconds: float | None
     #: Events without effect on a row since they failed, or follow one that did.
     parked: int
     #: Of these, the error of the first.

@@ -63,7 +63,8 @@ create schema {schema};
 create table {schema}.versions (
   version    text primary key,
   definition jsonb not null,
-  created_at timestamptz not null default now()
+  created_at timestamptz not null default now(),
+  retired_at timestamptz
 );
 create table {schema}.pointer (
   "only" boolean primary key default true check ("only"),
@@ -166,6 +167,7 @@ async def claim_projection(conn: AsyncConnection[Any], *, namespace: str, name: 
                 )
             if claim[2] is None:
                 await conn.execute("update refold_read.projections set uid = %s where schema = %s", [uid, schema])
+            await _upgrade(conn, schema)
             return schema
         cursor = await conn.execute("select from pg_namespace where nspname = %s", [schema])
         if await cursor.fetchone() is not None:
@@ -285,6 +287,13 @@ async def try_swap(conn: AsyncConnection[Any], *, namespace: str, name: str, ver
         if live is not None and not await _may_follow(conn, schema, live, version):
             return False
         await conn.execute(sql.SQL("update {}.pointer set live = %s").format(schema), [version])
+        await conn.execute(
+            sql.SQL(
+                "update {}.versions set retired_at = case when version = %(live)s then now() end "
+                "where version in (%(live)s, %(version)s)"
+            ).format(schema),
+            {"live": live, "version": version},
+        )
     return True
 
 
@@ -355,7 +364,8 @@ async def status(conn: AsyncConnection[Any], *, namespace: str, name: str) -> Pr
         cursor = conn.cursor(row_factory=dict_row)
         await cursor.execute(
             sql.SQL(
-                "select v.version, v.created_at, (select live from {0}.pointer) as live, "
+                "select v.version, v.created_at, v.retired_at, (select live from {0}.pointer) as live, "
+                "extract(epoch from now() - v.retired_at)::float8 as retired_seconds, "
                 "(select count(*) from {0}.parked p where p.version = v.version) as parked, "
                 "(select error from {0}.parked p where p.version = v.version order by id limit 1) as parked_error, "
                 "incarnation, partition, position, recorded_at, head, lag_seconds, seen_at, stopped "
@@ -373,6 +383,8 @@ async def status(conn: AsyncConnection[Any], *, namespace: str, name: str) -> Pr
                     version=row["version"],
                     live=row["version"] == live,
                     created_at=row["created_at"],
+                    retired_at=row["retired_at"],
+                    retired_seconds=row["retired_seconds"],
                     parked=row["parked"],
                     parked_error=row["parked_error"],
                     partitions=[],
@@ -382,6 +394,16 @@ async def status(conn: AsyncConnection[Any], *, namespace: str, name: str) -> Pr
                 fields = {field: row[field] for field in PartitionStatus.__struct_fields__}
                 version.partitions.append(PartitionStatus(**fields))
     return ProjectionStatus(live=live, versions=versions)
+
+
+async def _upgrade(conn: AsyncConnection[Any], schema: str) -> None:
+    """Give a projection of an earlier Refold what has been added since; its versions go on meanwhile."""
+    versions = sql.Identifier(schema, "versions")
+    cursor = await conn.execute(
+        "select from pg_attribute where attrelid = %s::regclass and attname = 'retired_at'", [versions.as_string(conn)]
+    )
+    if await cursor.fetchone() is None:
+        await conn.execute(sql.SQL("alter table {} add column retired_at timestamptz").format(versions))
 
 
 async def _lock(conn: AsyncConnection[Any], schema: str | None) -> None:
