@@ -1,7 +1,10 @@
 """One projector: whatever the topic holds, the rows equal a plain fold of the history."""
 
 import json
+import threading
+import time
 
+import psycopg
 import pytest
 from prometheus_client import REGISTRY
 from psycopg import AsyncConnection
@@ -375,3 +378,57 @@ async def test_text_of_every_kind_arrives_as_it_was(world: World) -> None:
     times = {event.subject: event.time for log in world.events["orders"] for event in log}
     assert {key: row["at"] for key, row in rows.items()} == times
     assert json.dumps(rows["s4"]["done"]) == "true"
+
+
+def share() -> float:
+    return REGISTRY.get_sample_value("refold_projector_backfill_share") or 0.0
+
+
+async def test_a_build_gives_way_to_a_live_version_that_lags_goes_on_all_the_same_and_catches_up(
+    world: World, orders: ReadModel
+) -> None:
+    world.append(random_events(15_000))
+    build = await world.projection(ORDERS, orders.name, rebuild="again")
+    lagging = threading.Event()
+
+    def live_version() -> None:
+        """Behind and getting on, as its projectors would tell."""
+        while lagging.is_set():
+            orders.execute(
+                "update {schema}.positions set position = position + 1, head = position + 100, lag_seconds = 5 "
+                "where version = %s",
+                orders.version,
+            )
+            time.sleep(0.1)
+
+    lagging.set()
+    thread = threading.Thread(target=live_version)
+    thread.start()
+    try:
+        with build.projector(batch_events=10):
+            until(lambda: share() == 0.125, "the build to give way")
+            assert not build.caught_up(), "too few events for this test"
+            slow = sum(build.applied().values())
+            until(lambda: sum(build.applied().values()) > slow, "the build to go on")
+            lagging.clear()
+            until(lambda: share() == 1, "full speed")
+            build.wait()
+    finally:
+        lagging.clear()
+        thread.join()
+    assert build.rows() == fold_orders(world)
+
+
+async def test_reading_history_holds_no_transaction(world: World, orders: ReadModel) -> None:
+    world.append(random_events(20_000))
+    longest = 0.0
+    with orders.projector(batch_events=500), psycopg.connect(world.dsn, autocommit=True) as conn:
+        while not orders.caught_up():
+            row = conn.execute(
+                "select max(extract(epoch from clock_timestamp() - xact_start))::float8, count(distinct xact_start) "
+                "from pg_stat_activity where application_name = 'refold projector history' and xact_start is not null"
+            ).fetchone()
+            assert row is not None
+            longest = max(longest, row[0] or 0.0)
+    began = orders.execute("select extract(epoch from clock_timestamp() - created_at)::float8 from {schema}.versions")
+    assert longest < began[0][0] / 2, "a page a transaction, not one for the whole history"

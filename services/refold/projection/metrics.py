@@ -18,6 +18,11 @@ LAG_SECONDS = Gauge(
     "refold_projector_lag_seconds", "Age of the oldest event that isn't applied yet", ["stream", "partition"]
 )
 STOPPED = Gauge("refold_projector_stopped", "1 while a partition stands still", ["stream", "partition"])
+BACKFILL_SHARE = Gauge(
+    "refold_projector_backfill_share",
+    "Part of its time that a build works; below 1 while the live version lags",
+)
+BACKFILL_SHARE.set(1)
 BATCH_EVENTS = Histogram(
     "refold_projector_batch_events",
     "Events in one transaction",

@@ -40,6 +40,7 @@ from refold.projection.definition import StreamRef, VersionDefinition
 from refold.projection.fold import Parked, ParkedEvent, compile_fold
 from refold.projection.readstore import Advance, MovedError, NotFoundError, RefusedError, Seen, UnavailableError, stores
 from refold.projection.settings import Settings
+from refold.projection.throttle import LOOK_SECONDS, Throttle
 
 log = structlog.get_logger(__name__)
 
@@ -134,6 +135,9 @@ class Projector:
         self._parked_counts: dict[tuple[str, int], int] = {}
         self._committed_at = 0.0
         self._kafka_not_before = 0.0
+        self._throttle = Throttle()
+        self._looked_at_live = 0.0
+        self._rests_until = 0.0
         self._turn = 0
 
     def stop(self) -> None:
@@ -198,10 +202,13 @@ class Projector:
 
     def _step(self) -> None:
         now = time.monotonic()
-        busy = any(
-            one.state in (State.NEW, State.BACKFILL) and one.not_before <= now for one in self._partitions.values()
-        )
-        messages = self._consumer.poll(self._settings.batch_events, 0.0 if busy else _IDLE_SECONDS)
+        due = {one.state for one in self._partitions.values() if one.not_before <= now}
+        wait = _IDLE_SECONDS
+        if State.NEW in due:
+            wait = 0.0
+        elif State.BACKFILL in due:
+            wait = min(wait, max(0.0, self._rests_until - now))
+        messages = self._consumer.poll(self._settings.batch_events, wait)
         try:
             self._write(self._slices(messages))
             self._begin()
@@ -368,14 +375,26 @@ class Projector:
     # -- backfill ---------------------------------------------------------------------------------------------------
 
     def _backfill(self) -> None:
-        """Read and write a page for one of the partitions in backfill; they take turns."""
+        """Read and write a page for one of the partitions in backfill; they take turns, and all rest after a turn."""
         now = time.monotonic()
         due = [one for one in self._partitions.values() if one.state is State.BACKFILL and one.not_before <= now]
-        if not due:
+        if not due or now < self._rests_until:
+            if self._throttle.share < 1 and all(one.state is State.TAIL for one in self._partitions.values()):
+                self._throttle.look(None)
+                metrics.BACKFILL_SHARE.set(1)
             return
+        if now - self._looked_at_live >= LOOK_SECONDS:
+            self._looked_at_live = now
+            self._throttle.look(self._rows.live())
+            metrics.BACKFILL_SHARE.set(self._throttle.share)
+        self._fill(due)
+        self._rests_until = time.monotonic() + self._throttle.rest(time.monotonic() - now)
+
+    def _fill(self, due: Sequence[Partition]) -> None:
+        """Read and write a page for one of `due`."""
         self._turn += 1
         one, following = due[self._turn % len(due)], due[(self._turn + 1) % len(due)]
-        limit = self._settings.batch_events
+        limit = self._throttle.page(self._settings.batch_events)
         try:
             if one.target <= one.applied and not self._aim(one):
                 return

@@ -160,6 +160,13 @@ class Seen(msgspec.Struct, frozen=True):
     lag_seconds: float
 
 
+class LiveProgress(msgspec.Struct, frozen=True):
+    """How far the live version is: the sum of its positions, and its largest lag in seconds, 0 where it has none."""
+
+    position: int
+    lag_seconds: float
+
+
 class Rows(Protocol):
     """One version of a projection as its projector writes it. Not for several threads.
 
@@ -203,6 +210,9 @@ class Rows(Protocol):
 
     def stop(self, incarnation: str, partition: int, reason: str | None) -> None:
         """Store why the projector doesn't go on in a partition; None where it does."""
+
+    def live(self) -> LiveProgress | None:
+        """Return how far the live version is; None where it is this one, or there is none."""
 
 
 # -- the query service's side -----------------------------------------------------------------------------------------

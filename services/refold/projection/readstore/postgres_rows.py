@@ -37,6 +37,7 @@ from refold.projection.definition import ColumnType, VersionDefinition, default_
 from refold.projection.fold import Parked, ParkedEvent, RowChange, Stamp
 from refold.projection.readstore import (
     Advance,
+    LiveProgress,
     MovedError,
     NotFoundError,
     Position,
@@ -220,6 +221,23 @@ class PostgresRows:
                 ),
                 [reason, self._version, incarnation, partition, reason],
             )
+        except psycopg.Error as error:
+            self._raise(error)
+
+    def live(self) -> LiveProgress | None:
+        """Return how far the live version is; None where it is this one, or there is none."""
+        try:
+            cursor = self._connection().cursor(row_factory=class_row(LiveProgress))
+            cursor.execute(
+                self._sql(
+                    "select sum(position)::bigint as position, "
+                    "  coalesce(max(lag_seconds) filter (where head > position), 0) as lag_seconds "
+                    "from {schema}.pointer join {schema}.positions on version = live where live <> %s "
+                    "having count(*) > 0"
+                ),
+                [self._version],
+            )
+            return cursor.fetchone()
         except psycopg.Error as error:
             self._raise(error)
 
