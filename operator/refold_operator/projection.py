@@ -477,11 +477,12 @@ def _failing(building: VersionStatus | None, live: VersionStatus | None, builder
         return None
     if building.stopped:
         return "; ".join(dict.fromkeys(building.stopped))
-    parked = live.parked if live is not None else 0
-    if building.parked > parked:
+    lacking = live.without_effect if live is not None else 0
+    if building.without_effect > lacking:
         return (
-            f"{building.parked} of its events failed and were set aside, or follow one that did, {parked} of the live "
-            f"version's, so readers would go back; the first: {building.parked_error}"
+            f"{building.without_effect} of its events failed and were set aside, or follow one that did, {lacking} of "
+            f"the live version's, so readers would go back; the first: {building.parked_error} "
+            f"(GET /v1/parked?version={building.version})"
         )
     for condition in builder.get("status", {}).get("conditions", []) if builder is not None else []:
         if (condition["type"], condition["status"]) in (("Progressing", "False"), ("ReplicaFailure", "True")):
@@ -559,7 +560,8 @@ def _degraded(live: VersionStatus | None, problem: ReconcileError | None, failin
             "Degraded",
             "True",
             "EventsParked",
-            f"{live.parked} events failed and were set aside, or follow one that did; the first: {live.parked_error}",
+            f"{live.parked} events failed and were set aside, or follow one that did (GET /v1/parked lists them); the "
+            f"first: {live.parked_error}",
         )
     if problem is not None and problem.reason not in PASSING:
         return Condition("Degraded", "True", problem.reason, problem.message)

@@ -171,7 +171,10 @@ async def test_a_row_that_changes_as_a_parked_event_is_retried_is_told(model: Mo
     )
     async with open_(watcher(served, "?key=a")) as told:
         await until_position(told)
-        model.execute('delete from {s}.parked; update {s}."rows_v1" set items = 2')
+        model.execute(
+            'delete from {s}.parked; update {s}."rows_v1" set items = 2; '
+            "update {s}.positions set unparked = unparked + 1 where partition = 0"
+        )
         assert (await until_position(told))[0] == {"a": 2}
 
 

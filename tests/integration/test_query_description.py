@@ -27,7 +27,7 @@ from tests.querying import TOKEN
 from tests.served import Served
 
 EXAMPLES = int(os.environ.get("REFOLD_EXAMPLES", "25"))
-OPERATIONS = ["row", "rows", "changes", "status"]
+OPERATIONS = ["row", "rows", "changes", "status", "parked", "retry", "discard"]
 #: What a schema can't say of a query string: texts that are filters and orders, right ones and nearly right ones.
 FILTERS = [
     f"{column}:{operator}:{value}"

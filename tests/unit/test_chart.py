@@ -586,7 +586,7 @@ def test_services_may_ask_the_api_server_about_callers_and_nothing_else() -> Non
     assert bound == [ours]
 
 
-def test_who_may_view_a_namespace_reads_events_and_rows_and_only_who_may_edit_it_appends() -> None:
+def test_who_may_view_a_namespace_reads_events_and_rows_and_only_who_may_edit_it_appends_and_unparks() -> None:
     def rights(name: str) -> set[tuple[str, str]]:
         rules = one(render(EMBEDDED), "ClusterRole", name)["rules"]
         return {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
@@ -594,7 +594,10 @@ def test_who_may_view_a_namespace_reads_events_and_rows_and_only_who_may_edit_it
     data = {"eventstreams/events", "projections/rows"}
     view = {right for right in rights("refold-view") if right[0] in data}
     assert view == {(resource, verb) for resource in data for verb in ("get", "watch")}
-    assert {right for right in rights("refold-edit") if right[0] in data} == {("eventstreams/events", "create")}
+    assert {right for right in rights("refold-edit") if right[0] in data} == {
+        ("eventstreams/events", "create"),
+        ("projections/rows", "update"),
+    }
 
 
 # --- network policies ---

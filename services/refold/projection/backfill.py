@@ -41,6 +41,12 @@ order by position
 """
 
 
+_EVENTS = """
+select partition, position, subject, revision, id, type, recorded_at, data, metadata
+from {} where partition = %s and position = any(%s::bigint[]) order by position
+"""
+
+
 class HistoryUnavailableError(Exception):
     """The event store can't be reached, or didn't answer as it should; it may come back."""
 
@@ -106,6 +112,10 @@ class History:
             return found
         return self._thread.submit(self._read, page).result()
 
+    def events(self, stream: StreamRef, partition: int, positions: Sequence[int]) -> list[Event]:
+        """Return the events of a partition at these positions, in order."""
+        return self._thread.submit(self._read_events, stream, partition, positions).result() if positions else []
+
     def heads(self, incarnations: Sequence[str]) -> dict[tuple[str, int], int]:
         """Return the heads by (incarnation, partition); streams that are gone are left out."""
         return self._thread.submit(self._read_heads, incarnations).result()
@@ -120,6 +130,19 @@ class History:
             return [Event(*row) for row in cursor.fetchall()]
         except psycopg.Error as error:
             self._raise(error, f"{stream.namespace}/{stream.name}")
+
+    def _read_events(self, stream: StreamRef, partition: int, positions: Sequence[int]) -> list[Event]:
+        what = f"{stream.namespace}/{stream.name}"
+        try:
+            cursor = self._connection().execute(
+                sql.SQL(_EVENTS).format(sql.Identifier(stream.event_schema, "events")), [partition, list(positions)]
+            )
+            found = [Event(*row) for row in cursor.fetchall()]
+        except psycopg.Error as error:
+            self._raise(error, what)
+        if missing := set(positions) - {event.position for event in found}:
+            raise HistoryUnavailableError(f"the event store lacks position {min(missing)} of {what}/{partition}")
+        return found
 
     def _read_heads(self, incarnations: Sequence[str]) -> dict[tuple[str, int], int]:
         try:

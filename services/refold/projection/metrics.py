@@ -6,6 +6,11 @@ FOLDED = Counter("refold_projector_events", "Events folded and committed to the 
 SKIPPED = Counter("refold_projector_skipped", "Records that were applied before", ["stream"])
 IGNORED = Counter("refold_projector_ignored", "Records that the relay of this stream didn't write", ["stream"])
 PARKED = Counter("refold_projector_parked", "Events parked, since they failed or follow one that did", ["stream"])
+UNPARKED = Counter(
+    "refold_projector_unparked",
+    "Parked events that left those that are parked: folded again, or discarded",
+    ["stream", "outcome"],
+)
 GAPS = Counter(
     "refold_projector_gaps",
     "Times that the event store was read since the topic had a gap, or was silent though there were events",

@@ -17,7 +17,8 @@ A partition is in one of four states:
 What can't be known for sure (a connection lost in the middle of a transaction, another projector that has written) is
 never guessed: the partition becomes new again.
 
-A batch that the read store refuses is halved until the guilty event stands alone; that event is parked.
+A batch that the read store refuses is halved until the guilty event stands alone; that event is parked. Between batches
+the loop looks whether somebody asks for parked events to be folded again, or discarded (`unparking`).
 """
 
 import random
@@ -41,6 +42,7 @@ from refold.projection.fold import Parked, ParkedEvent, compile_fold
 from refold.projection.readstore import Advance, MovedError, NotFoundError, RefusedError, Seen, UnavailableError, stores
 from refold.projection.settings import Settings
 from refold.projection.throttle import LOOK_SECONDS, Throttle
+from refold.projection.unparking import Asked, ParkedRow, Settled, fold_again
 
 log = structlog.get_logger(__name__)
 
@@ -52,6 +54,10 @@ _STOPPED_SECONDS = 10.0
 #: Seconds after a question that Kafka didn't answer in which it isn't asked another: each may take as long.
 _KAFKA_PAUSE_SECONDS = 5.0
 _COMMIT_SECONDS = 1.0
+#: Seconds between two looks at what is asked of parked events, where there are any.
+_ASKED_SECONDS = 0.5
+#: Parked events of a row that are folded again in one transaction.
+_AGAIN_EVENTS = 100
 #: Seconds after which a look at the heads is stored even where nothing changed: a sign that somebody looks. Readers
 #: count a partition as unseen after three times that (`refold.query.freshness`).
 _SEEN_SECONDS = 10.0
@@ -78,8 +84,9 @@ class Partition:
         self.place: Place = (stream.topic, number)
         self.label = f"{stream.namespace}/{stream.name}"
         self.state = State.NEW
-        #: What the read store holds.
+        #: What the read store holds: the position, and how often events left those that are parked.
         self.applied = 0
+        self.unparked = 0
         #: Not to be tried before (monotonic seconds).
         self.not_before = 0.0
         self.failures = 0
@@ -134,6 +141,7 @@ class Projector:
         self._parked = Parked()
         self._parked_counts: dict[tuple[str, int], int] = {}
         self._committed_at = 0.0
+        self._asked_at = 0.0
         self._kafka_not_before = 0.0
         self._throttle = Throttle()
         self._looked_at_live = 0.0
@@ -212,6 +220,7 @@ class Projector:
         try:
             self._write(self._slices(messages))
             self._begin()
+            self._look_at_asked()
             self._backfill()
             self._look_at_heads()
             self._not_ready = None
@@ -286,7 +295,7 @@ class Projector:
                 one.put_off()
                 continue
             self._forget(one)
-            one.applied = position.position
+            one.applied, one.unparked = position.position, position.unparked
             one.seen = None
             one.target = 0
             one.moved_at, one.lagging = now, False
@@ -507,6 +516,7 @@ class Projector:
                 recorded_at=one.events[-1].time,
                 topic_id=None if one.offset is None else one.partition.topic_id,
                 kafka_offset=one.offset,
+                unparked=one.partition.unparked,
             )
             for one in slices
         ]
@@ -542,6 +552,114 @@ class Projector:
             self._too_many(only.partition, parked[0])
             return
         self._apply([only], [], parked)
+
+    def _look_at_asked(self) -> None:
+        """Do what is asked of parked events.
+
+        Raises:
+            UnavailableError: the read store failed; nothing is known of what was under way.
+        """
+        now = time.monotonic()
+        mine = {
+            one.key: one
+            for one in self._partitions.values()
+            if one.state is not State.NEW and self._parked_counts.get(one.key)
+        }
+        if not mine or now - self._asked_at < _ASKED_SECONDS:
+            return
+        self._asked_at = now
+        live, rows = self._rows.asked(mine)
+        for row in rows:
+            one = mine[row.incarnation, row.partition]
+            if one.state is State.NEW:  # another row of it has shown that it was moved on
+                continue
+            self._beat = time.monotonic()
+            stale = [entry for entry in row.entries if entry.asked is not None and entry.asked.live and not live]
+            if stale:
+                self._rows.refuse(stale, None)
+                continue
+            try:
+                self._unpark(one, row)
+            except MovedError as error:
+                metrics.MOVED.inc()
+                log.warning("Parked events aren't as they were; reading them again", error=str(error))
+                self._again([one])
+            except HistoryUnavailableError as error:
+                metrics.FAILURES.labels("eventstore").inc()
+                log.warning("Parked events can't be read in the event store", error=str(error))
+
+    def _unpark(self, partition: Partition, row: ParkedRow) -> None:
+        """Discard what is to be discarded, and fold the row's other events again, up to the first that fails.
+
+        Raises:
+            MovedError: another projector has written in the meantime; nothing is known of the partition any more.
+            HistoryUnavailableError: the events can't be read. What is done by then stands.
+        """
+        asked = {entry.id: entry.asked for entry in row.entries if entry.asked is not None}
+        live = any(one.live for one in asked.values())
+        discarded = {id_: one.by for id_, one in asked.items() if one.verb == "discard"}
+        left = [entry for entry in row.entries if entry.id not in discarded]
+        most, error = _AGAIN_EVENTS, None
+        while error is None and (left or discarded):
+            some = left[:most]
+            events = self._history.events(partition.stream, partition.number, [entry.position for entry in some])
+            reads = self._fold.reads
+            before = self._rows.read({event.subject for event in events}, reads) if reads else {}
+            again = fold_again(self._fold, row, some, events, self._parked, before)
+            settled = Settled(*partition.key, [entry.id for entry in again.folded], discarded, live)
+            try:
+                self._settle(partition, row, again.changes, again.parked, settled, asked)
+            except RefusedError as refused:
+                if len(some) > 1:
+                    most = len(some) // 2
+                    continue
+                error = str(refused)
+                self._settle(partition, row, [], [], Settled(*partition.key, [], discarded, live), asked)
+            else:
+                error = again.error
+                left = left[len(again.folded) :]
+            discarded = {}
+        if left:
+            self._rows.refuse(left, error)
+        self._forget(partition)
+        parked, counts = self._rows.parked([partition.key])
+        self._parked.rows |= parked.rows
+        self._parked.subjects |= parked.subjects
+        self._parked_counts.update(counts)
+        if partition.state is State.STOPPED:
+            partition.not_before = 0.0  # there is room now
+
+    def _settle(
+        self,
+        partition: Partition,
+        row: ParkedRow,
+        changes: Sequence[Any],
+        parked: Sequence[ParkedEvent],
+        settled: Settled,
+        asked: dict[int, Asked],
+    ) -> None:
+        """Let parked events leave, with what they do to rows; nothing where none does."""
+        if not settled.folded and not settled.discarded:
+            return
+        at = partition.applied
+        advance = Advance(
+            *partition.key, at, at, None, None if partition.offset is None else partition.topic_id, partition.offset,
+            partition.unparked,
+        )  # fmt: skip
+        self._rows.apply(changes, parked, [advance], settled)
+        partition.unparked += 1
+        positions = {entry.id: entry.position for entry in row.entries}
+        for outcome, ids in (("folded", settled.folded), ("discarded", settled.discarded)):
+            metrics.UNPARKED.labels(partition.label, outcome).inc(len(ids))
+            for id_ in ids:
+                by = asked.get(id_)
+                log.warning(
+                    "A parked event is folded" if outcome == "folded" else "A parked event is discarded",
+                    stream=partition.label, partition=partition.number, position=positions[id_], id=id_, key=row.key,
+                    subject=row.subject, by=by and by.by,
+                )  # fmt: skip
+        for one in parked:
+            self._note_parked(one)
 
     def _note_parked(self, one: ParkedEvent) -> None:
         key = (one.incarnation, one.event.partition)

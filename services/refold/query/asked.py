@@ -1,5 +1,6 @@
 """What a request for a page, or for changes, asks for. Pure."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 from starlette.requests import Request
@@ -84,6 +85,52 @@ def watched_keys(request: Request) -> list[str]:
     return keys(given)
 
 
+class AskedParked(NamedTuple):
+    """Which parked events: of which version and key (None: the live one, and all), beyond which id, how many."""
+
+    version: str | None
+    key: str | None
+    after: int
+    limit: int
+
+    @classmethod
+    def of(cls, request: Request) -> Self:
+        """Return what the query string asks for.
+
+        Raises:
+            Problem: 400 where a parameter is wrong, unknown or given too often.
+        """
+        given = _once(request, ("version", "key", "after", "limit"))
+        key = given.get("key")
+        if key is not None:
+            keys([key])
+        after = given.get("after") or "0"
+        if not _is_id(after):
+            raise problems.invalid_query(f"after is the id of a parked event, not {after[:100]!r}", "after")
+        return cls(given.get("version") or None, key, int(after), _limit(given.get("limit") or str(DEFAULT_LIMIT)))
+
+
+def parked_id(request: Request) -> int:
+    """Return the id of the parked event in the path.
+
+    Raises:
+        Problem: 404 where it can't be one.
+    """
+    text = paths.parameter(request, "id")
+    if not _is_id(text):
+        raise problems.no_such_id(text)
+    return int(text)
+
+
+def version(request: Request) -> str | None:
+    """Return the version that a request names; None where it doesn't.
+
+    Raises:
+        Problem: 400 where there is another parameter, or several.
+    """
+    return _once(request, ("version",)).get("version") or None
+
+
 def keys(given: list[str]) -> list[str]:
     """Return the keys of `key=`.
 
@@ -95,6 +142,23 @@ def keys(given: list[str]) -> list[str]:
     if any("\0" in key for key in given):
         raise problems.invalid_key()
     return given
+
+
+def _once(request: Request, known: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in paths.query(request):
+        if name not in known:
+            raise problems.invalid_query(f"there is no parameter {name[:100]!r}; known: {', '.join(known)}", name[:100])
+        if name in found:
+            raise problems.invalid_query(f"the parameter {name!r} is given twice", name)
+        if "\0" in value:
+            raise problems.invalid_query(f"the parameter {name!r} holds a NUL character", name)
+        found[name] = value
+    return found
+
+
+def _is_id(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 18
 
 
 def _limit(text: str) -> int:

@@ -1,7 +1,7 @@
 """Following a read model: when it changed, and the rows of some keys as they are after each change.
 
-A row changes only in a transaction that moves the positions (a projector's batch), takes an event out of those that are
-parked, or makes another version live. So version, positions and number of parked events together, the *state*, tell
+A row changes only in a transaction that moves the positions (a projector's batch), takes events out of those that are
+parked, or makes another version live. So version, positions and how often events left those parked, the *state*, tell
 whether anything may have changed. While somebody watches, one look at the state every tenth of a second serves all;
 where it has moved, the rows that are watched are read once for all watchers, and each is told of those that differ from
 what it was told before.
@@ -40,16 +40,17 @@ _MOST_WATCHED_KEYS = 10_000
 
 
 class State(msgspec.Struct, frozen=True):
-    """What moves where a row changes: the live version, its positions (a token), and how many events it parked."""
+    """What moves where a row changes: the live version, its positions (a token), how often parked events left it."""
 
     version: str
     position: str
-    parked: int
+    unparked: int
 
     @classmethod
-    def of(cls, freshness: Freshness, parked: int) -> "State":
+    def of(cls, freshness: Freshness) -> "State":
         """Return the state of a snapshot."""
-        return cls(freshness.live.version, freshness.token, parked)
+        unparked = sum(partition.unparked for partition in freshness.partitions)
+        return cls(freshness.live.version, freshness.token, unparked)
 
     @property
     def id(self) -> str:
@@ -115,7 +116,7 @@ class Changes:
             self._task = None
 
     async def _look_once(self) -> None:
-        state = State.of(*await self._reader.status())
+        state = State.of(await self._reader.freshness())
         behind = [watcher for watcher in self._watchers if watcher.last_id != state.id]
         wanted = list({key: None for watcher in behind for key in watcher.keys})
         rows: dict[str, str | None] = dict.fromkeys(wanted)

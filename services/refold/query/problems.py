@@ -118,6 +118,103 @@ def not_applied(waited: float, missing: Sequence[dict[str, Any]]) -> Problem:
     )
 
 
+def not_parked(id_: int) -> Problem:
+    """No event with this id is parked, not any more perhaps."""
+    return Problem(
+        404,
+        "not-parked",
+        "Not parked",
+        f"no event with the id {id_} is parked: it took effect, was discarded, or its version is gone",
+    )
+
+
+def no_such_id(text: str) -> Problem:
+    """No parked event can have such an id."""
+    return Problem(404, "not-parked", "Not parked", f"the id of a parked event is a number, not {text[:100]!r}")
+
+
+def version_not_found(version: str, projection: str) -> Problem:
+    """The read store holds no such version."""
+    return Problem(
+        404,
+        "version-not-found",
+        "No such version",
+        f"the Projection {projection} has no version {version[:100]!r} in the read store (any more)",
+        field="version",
+    )
+
+
+def of_another_version(id_: int, version: str, wanted: str) -> Problem:
+    """The parked event isn't of the version that was asked for, the live one where none was."""
+    return Problem(
+        409,
+        "version-swapped",
+        "Of another version",
+        f"the parked event {id_} is of version {version}, not of {wanted}; look at GET /v1/parked again, or name the "
+        f"version: ?version={version}",
+        version=version,
+    )
+
+
+def swapped(id_: int, version: str) -> Problem:
+    """While it was asked for, another version went live, or this one was dropped."""
+    return Problem(
+        409,
+        "version-swapped",
+        "Another version is live",
+        f"another version than {version} went live before anything was done about the parked event {id_}; look at "
+        "GET /v1/parked again",
+        version=version,
+    )
+
+
+def parked_event_busy(id_: int) -> Problem:
+    """Somebody else asks for the same parked event."""
+    return Problem(
+        409,
+        "parked-event-busy",
+        "Somebody else asks",
+        f"somebody else asks for the parked event {id_} at the same time; look at GET /v1/parked in a few seconds",
+        retry_after=2,
+    )
+
+
+def still_bad(id_: int, first: int, position: int, error: str) -> Problem:
+    """A parked event was folded again, up to one that fails as before."""
+    detail = error if first == id_ else f"the event {first} of its row comes before it and still fails: {error}"
+    return Problem(
+        409,
+        "still-bad",
+        "Still bad",
+        f"{detail}. It stays parked, with all behind it; correct the definition (which rebuilds the Projection), or "
+        f"discard the event {first}",
+        first={"id": first, "position": position, "error": error},
+    )
+
+
+def otherwise_settled(id_: int, outcome: str) -> Problem:
+    """Somebody else's wish for the parked event, or an earlier one of its row, was done first."""
+    return Problem(
+        409,
+        "otherwise-settled",
+        "Otherwise settled",
+        f"the parked event {id_} was {outcome} at the same time, since somebody else asked for that",
+        outcome=outcome,
+    )
+
+
+def not_settled(id_: int, version: str, seconds: float) -> Problem:
+    """No projector has done what was asked."""
+    return Problem(
+        504,
+        "not-settled",
+        "Not done",
+        f"no projector of version {version} did anything about the parked event {id_} within {seconds:.0f} s, so it "
+        "was left as it is; does one run, and does it reach the event store? Then try again",
+        retry_after=5,
+    )
+
+
 def no_live_version(projection: str) -> Problem:
     """Nothing is there yet that could be read."""
     return Problem(

@@ -1,6 +1,7 @@
 """The query service: one Projection's read model over HTTP.
 
 Rows are read by key, by keys, or as pages by filters and an order (`asked`), and followed as they change (`changes`).
+Events that the projector has parked are listed, and it is asked to fold them again or to discard them (`parked`).
 
 Each answer about rows tells how fresh it is: `Refold-Position` (a token of all that was applied), `Refold-Lag-Events`
 and `Refold-Lag-Seconds` (absent until the projector has looked at every partition), from the same snapshot as the rows.
@@ -19,13 +20,15 @@ from starlette.responses import Response
 
 from refold import logs
 from refold.projection.readstore import stores
+from refold.projection.unparking import Verb
 from refold.query import asked, problems
 from refold.query.answers import Rows
-from refold.query.asked import AskedPage
+from refold.query.asked import AskedPage, AskedParked
 from refold.query.changes import Changes, State
 from refold.query.filters import OPERATORS
 from refold.query.freshness import Freshness
 from refold.query.ordering import Cursor
+from refold.query.parked import Outcome, ParkedEvents, ParkedPage
 from refold.query.reader import CONNECTIONS, Reader
 from refold.query.settings import Settings
 from refold.query.waiting import DEFAULT_SECONDS, MOST_SECONDS, Waiting, wanted
@@ -84,12 +87,13 @@ class Status(msgspec.Struct):
 
 
 class Handlers:
-    """What the service answers, from `reader`."""
+    """What the service answers, from `reader` and of `parked` events."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, parked: ParkedEvents) -> None:
         self._reader = reader
         self._waiting = Waiting(reader)
         self._changes = Changes(reader)
+        self._parked = parked
 
     async def row(self, request: Request) -> Response:
         """Answer the row of a key."""
@@ -138,11 +142,31 @@ class Handlers:
     async def changes(self, request: Request) -> Response:
         """Tell of changes as they come."""
         keys = asked.watched_keys(request)
-        state = State.of(*await self._fresh(request, self._reader.status))
+        freshness, _ = await self._fresh(request, self._reader.status)
+        state = State.of(freshness)
         if request.method == "HEAD":
             return Response(media_type=sent_events.MEDIA_TYPE)
         watcher = self._changes.watch(keys, request.headers.get("last-event-id") or None, state)
         return SentEvents(watcher, cut=lambda: log.info("A reader of changes took nothing for long and was cut off"))
+
+    async def parked(self, request: Request) -> Response:
+        """Answer which events are parked."""
+        wanted = AskedParked.of(request)
+        page = await self._parked.page(**wanted._asdict())
+        return Response(msgspec.json.encode(page), media_type=_JSON)
+
+    async def retry(self, request: Request) -> Response:
+        """Have a parked event folded again."""
+        return await self._settle(request, "retry")
+
+    async def discard(self, request: Request) -> Response:
+        """Have a parked event discarded."""
+        return await self._settle(request, "discard")
+
+    async def _settle(self, request: Request, verb: Verb) -> Response:
+        id_, version = asked.parked_id(request), asked.version(request)
+        outcome = await self._parked.settle(id_, verb, version=version, by=request.scope["caller"].name)
+        return Response(msgspec.json.encode(outcome), media_type=_JSON)
 
     def stop(self) -> None:
         """End the answers without an end."""
@@ -184,6 +208,14 @@ _WAITING = (
         "the Refold-Token before 504",
     ),
 )
+
+
+_VERSION = Parameter(
+    name="version",
+    where="query",
+    description="The version that they are of; without, the live one",
+)
+_ID = Parameter(name="id", where="path", description="Of the parked event", schema={"type": "integer", "minimum": 1})
 
 
 def operations(handlers: Handlers) -> list[Operation]:
@@ -287,6 +319,56 @@ def operations(handlers: Handlers) -> list[Operation]:
             verb="get",
             answer={_JSON: Status},
         ),
+        Operation(
+            "GET",
+            "/v1/parked",
+            handlers.parked,
+            summary="The events that are parked, in the order in which they were",
+            verb="get",
+            parameters=[
+                _VERSION,
+                Parameter(name="key", where="query", description="Of the row with this key alone"),
+                Parameter(
+                    name="after",
+                    where="query",
+                    description="`next` of the page before",
+                    schema={"type": "integer", "minimum": 0, "maximum": 10**18 - 1},
+                ),
+                Parameter(
+                    name="limit",
+                    where="query",
+                    description="The most parked events to answer",
+                    schema={
+                        "type": "integer",
+                        "minimum": 1,
+                        "maximum": asked.MOST_ROWS,
+                        "default": asked.DEFAULT_LIMIT,
+                    },
+                ),
+            ],
+            answer={_JSON: ParkedPage},
+            problems=[404],
+        ),
+        Operation(
+            "POST",
+            "/v1/parked/{id}:retry",
+            handlers.retry,
+            summary="Fold the parked events of a row again, up to this one and on to the first that still fails",
+            verb="update",
+            parameters=[_ID, _VERSION],
+            answer={_JSON: Outcome},
+            problems=[404, 409, 504],
+        ),
+        Operation(
+            "POST",
+            "/v1/parked/{id}:discard",
+            handlers.discard,
+            summary="Discard a parked event, and fold those behind it again",
+            verb="update",
+            parameters=[_ID, _VERSION],
+            answer={_JSON: Outcome},
+            problems=[404, 409, 504],
+        ),
     ]
 
 
@@ -299,7 +381,7 @@ def app(settings: Settings) -> App:
         connections=CONNECTIONS,
     )
     reader = Reader(reads, settings.projection)
-    handlers = Handlers(reader)
+    handlers = Handlers(reader, ParkedEvents(reads.parked(), settings.projection))
 
     @asynccontextmanager
     async def lifespan(_: App) -> AsyncIterator[None]:

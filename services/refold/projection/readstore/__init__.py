@@ -15,6 +15,7 @@ import msgspec
 
 from refold.projection.definition import Column, ColumnType, VersionDefinition
 from refold.projection.fold import Parked, ParkedEvent, RowChange
+from refold.projection.unparking import Asked, Entry, ParkedRow, Settled
 from refold.projection.values import Value
 
 
@@ -88,6 +89,13 @@ class VersionStatus(msgspec.Struct, frozen=True):
     #: Of these, the error of the first.
     parked_error: str | None
     partitions: list[PartitionStatus]
+    #: Events that were parked, and were discarded.
+    discarded: int = 0
+
+    @property
+    def without_effect(self) -> int:
+        """Events that readers don't see: those that are parked or discarded."""
+        return self.parked + self.discarded
 
     @property
     def lag_events(self) -> int:
@@ -126,7 +134,10 @@ class ProjectionStatus(msgspec.Struct, frozen=True):
 
 
 class Position(msgspec.Struct, frozen=True):
-    """Where one partition stands in the read store, and the hint where to seek in the topic."""
+    """Where one partition stands in the read store, and the hint where to seek in the topic.
+
+    `unparked`: how often events left those that are parked.
+    """
 
     incarnation: str
     partition: int
@@ -134,12 +145,14 @@ class Position(msgspec.Struct, frozen=True):
     topic_id: str | None
     kafka_offset: int | None
     stopped: str | None
+    unparked: int = 0
 
 
 class Advance(msgspec.Struct, frozen=True):
     """A batch's step in one partition: from position `before` to `after`, which was recorded at `recorded_at`.
 
     `kafka_offset` is where to go on reading in the topic with id `topic_id`; both null where that isn't known.
+    `unparked` is the position's, of when it was read what is parked.
     """
 
     incarnation: str
@@ -149,6 +162,7 @@ class Advance(msgspec.Struct, frozen=True):
     recorded_at: dt.datetime | None
     topic_id: str | None
     kafka_offset: int | None
+    unparked: int = 0
 
 
 class Seen(msgspec.Struct, frozen=True):
@@ -196,12 +210,26 @@ class Rows(Protocol):
         The next `apply` writes only where nobody else has written these rows until then.
         """
 
-    def apply(self, changes: Iterable[RowChange], parked: Sequence[ParkedEvent], advances: Sequence[Advance]) -> None:
+    def asked(self, partitions: Iterable[tuple[str, int]]) -> tuple[bool, list[ParkedRow]]:
+        """Return whether the version is live, and the parked rows of the partitions of which something is asked."""
+
+    def refuse(self, entries: Sequence[Entry], error: str | None) -> None:
+        """Do nothing of what is asked of `entries`; the first stays parked because of `error` (None: as before)."""
+
+    def apply(
+        self,
+        changes: Iterable[RowChange],
+        parked: Sequence[ParkedEvent],
+        advances: Sequence[Advance],
+        settled: Settled | None = None,
+    ) -> None:
         """Write a batch: all of it in one transaction, or nothing.
 
+        `settled` names parked events that leave; their partition is one of `advances`.
+
         Raises:
-            MovedError: a partition isn't at its `before`, or a row that was read has changed: another projector has
-                written in the meantime.
+            MovedError: a partition isn't at its `before`, a row that was read has changed, or parked events left:
+                another projector has written in the meantime. Or what is `settled` can't be any more.
             RefusedError: a row can't be stored (out of range, too large); smaller batches tell which event is to blame.
         """
 
@@ -255,7 +283,10 @@ class Page(NamedTuple):
 
 
 class AppliedPartition(msgspec.Struct, array_like=True, frozen=True):
-    """How far a version is in one partition; `seen_at` (Unix time) is when the projector last saw the head."""
+    """How far a version is in one partition; `seen_at` (Unix time) is when the projector last saw the head.
+
+    `unparked`: how often events left those that are parked.
+    """
 
     incarnation: str
     partition: int
@@ -264,6 +295,7 @@ class AppliedPartition(msgspec.Struct, array_like=True, frozen=True):
     lag_seconds: float
     seen_at: float | None
     stopped: str | None
+    unparked: int = 0
 
 
 class Snapshot(NamedTuple):
@@ -304,6 +336,76 @@ class VersionReads(Protocol):
         """Return the snapshot with the number of parked events."""
 
 
+class Listed(msgspec.Struct, frozen=True):
+    """A parked event; `stream` is `namespace/name`, `key` null where the key failed."""
+
+    id: int
+    stream: str | None
+    partition: int
+    position: int
+    subject: str
+    key: str | None
+    error: str
+    parked_at: dt.datetime
+
+
+class Marked(NamedTuple):
+    """What leaving a mark came to.
+
+    Args:
+        wanted: the version that the event has to be of; null: none is live.
+        version: the version that it is of; null: it isn't parked.
+        done: whether the mark is there; not, where another is already.
+    """
+
+    wanted: str | None
+    version: str | None
+    done: bool
+
+
+class Looked(NamedTuple):
+    """What became of a parked event that was marked.
+
+    Args:
+        token: of its mark, null where it has none.
+        first: the first parked event of its row, id, position and error; null where it isn't parked any more.
+        live: whether its version is live.
+        there: whether its version is in the read store.
+        discarded: whether it was discarded.
+    """
+
+    token: str | None
+    first: tuple[int, int, str] | None
+    live: bool
+    there: bool
+    discarded: bool
+
+
+class ParkedReads(Protocol):
+    """A projection's parked events as its query service lists them, and marks those of which something is asked.
+
+    Every method raises `NotFoundError` where the projection isn't there, `UnavailableError` where the store doesn't
+    answer.
+    """
+
+    async def page(
+        self, *, version: str | None, key: str | None, after: int, most: int
+    ) -> tuple[str, list[Listed]] | None:
+        """Return the version and its first `most` parked events with ids beyond `after`; None: no such version.
+
+        They are of `version` (None: the live one) and of the row `key` (None: all).
+        """
+
+    async def ask(self, id_: int, asked: Asked, version: str | None) -> Marked:
+        """Leave a mark at a parked event of `version` (None: the live one), where there is none."""
+
+    async def look(self, id_: int, version: str) -> Looked:
+        """Return what became of a parked event of `version`."""
+
+    async def withdraw(self, id_: int, token: str) -> bool:
+        """Take a mark away; return whether it was still there, so that nothing has happened and nothing will."""
+
+
 class Reads(Protocol):
     """A projection as its query service reads it."""
 
@@ -323,3 +425,6 @@ class Reads(Protocol):
 
     def version(self, name: str, definition: VersionDefinition) -> VersionReads:
         """Return what reads the version."""
+
+    def parked(self) -> ParkedReads:
+        """Return what lists and marks parked events."""

@@ -17,6 +17,7 @@ from psycopg.rows import dict_row
 
 from refold import names
 from refold.eventstore import roles
+from refold.eventstore.online import LOCK_TIMEOUT, giving_way
 from refold.projection.definition import (
     Column,
     ColumnType,
@@ -32,6 +33,7 @@ from refold.projection.readstore import (
     ProjectionStatus,
     VersionStatus,
 )
+from refold.projection.readstore.postgres_parked import MARK, TABLES
 
 _LOCK = 0x5265666D  # "Refm", the first of two int4 keys; the second is a hash of the schema, or 0 for the whole store
 _VERSION = re.compile(r"[a-z0-9]{1,40}")
@@ -147,12 +149,28 @@ async def install(conn: AsyncConnection[Any]) -> None:
 async def claim_projection(conn: AsyncConnection[Any], *, namespace: str, name: str, uid: str) -> str:
     """Claim the projection's schema for the resource `uid`, make the schema where it is missing, return its name.
 
-    A projection that was released is taken back, with its rows.
+    A projection that was released is taken back, with its rows. Tables that an earlier Refold made get what they lack.
 
     Raises:
         ConflictError: a resource of another uid holds the claim, or the schema exists and isn't Refold's.
+        refold.eventstore.errors.EventStoreError: the tables were in use for long, and lack what is new.
     """
     schema = names.read_schema(namespace, name)
+    await _claim(conn, schema, namespace=namespace, name=name, uid=uid)
+    cursor = await conn.execute("select to_regclass(%s)", [sql.Identifier(schema, "discarded").as_string(conn)])
+    row = await cursor.fetchone()
+    if row is None or row[0] is None:
+
+        async def add() -> None:
+            await conn.execute(LOCK_TIMEOUT)
+            await _lock(conn, schema)
+            await conn.execute(sql.SQL(TABLES).format(schema=sql.Identifier(schema)))
+
+        await giving_way(conn, add)
+    return schema
+
+
+async def _claim(conn: AsyncConnection[Any], schema: str, *, namespace: str, name: str, uid: str) -> None:
     async with conn.transaction():
         await _lock(conn, schema)
         cursor = await conn.execute(
@@ -168,7 +186,7 @@ async def claim_projection(conn: AsyncConnection[Any], *, namespace: str, name: 
             if claim[2] is None:
                 await conn.execute("update refold_read.projections set uid = %s where schema = %s", [uid, schema])
             await _upgrade(conn, schema)
-            return schema
+            return
         cursor = await conn.execute("select from pg_namespace where nspname = %s", [schema])
         if await cursor.fetchone() is not None:
             raise ConflictError(
@@ -180,7 +198,6 @@ async def claim_projection(conn: AsyncConnection[Any], *, namespace: str, name: 
             "insert into refold_read.projections (namespace, name, uid, schema) values (%s, %s, %s, %s)",
             [namespace, name, uid, schema],
         )
-    return schema
 
 
 async def release_projection(conn: AsyncConnection[Any], *, namespace: str, name: str, uid: str) -> bool:
@@ -233,7 +250,8 @@ async def ensure_logins(
     """Make the projection's two logins and grant what they need, in its schema alone.
 
     The names are `names.resource_role(database, read_schema, "projector")` (reads and writes rows, positions and parked
-    events) and the same with "query" (reads). Passwords must be random, with at least 128 bits.
+    events) and the same with "query" (reads, and marks parked events). Passwords must be random, with at least 128
+    bits.
 
     Returns:
         Whether a login was changed.
@@ -265,7 +283,7 @@ async def try_swap(conn: AsyncConnection[Any], *, namespace: str, name: str, ver
     """Make `version` the live one if no reader would go back in time by it; return whether it is live now.
 
     It must be at or beyond the live version in every partition that both fold, have seen the head of those that only it
-    folds, and have no more parked. The live positions are locked meanwhile, so that they can't move on.
+    folds, and have no more parked or discarded. The live positions are locked meanwhile, so that they can't move on.
 
     Raises:
         NotFoundError: there is no such version.
@@ -367,6 +385,7 @@ async def status(conn: AsyncConnection[Any], *, namespace: str, name: str) -> Pr
                 "select v.version, v.created_at, v.retired_at, (select live from {0}.pointer) as live, "
                 "extract(epoch from now() - v.retired_at)::float8 as retired_seconds, "
                 "(select count(*) from {0}.parked p where p.version = v.version) as parked, "
+                "(select count(*) from {0}.discarded d where d.version = v.version) as discarded, "
                 "(select error from {0}.parked p where p.version = v.version order by id limit 1) as parked_error, "
                 "incarnation, partition, position, recorded_at, head, lag_seconds, seen_at, stopped "
                 "from {0}.versions v left join {0}.positions p on p.version = v.version "
@@ -387,6 +406,7 @@ async def status(conn: AsyncConnection[Any], *, namespace: str, name: str) -> Pr
                     retired_seconds=row["retired_seconds"],
                     parked=row["parked"],
                     parked_error=row["parked_error"],
+                    discarded=row["discarded"],
                     partitions=[],
                 ),
             )
@@ -510,15 +530,17 @@ async def _existing(conn: AsyncConnection[Any], wanted: tuple[str, ...]) -> list
     return [row[0] for row in await cursor.fetchall()]
 
 
-#: Whether a role has all that it is granted below; `%(writes)s` for the projector.
+#: Whether a role has all that it is granted below; `%(writes)s` for the projector. The other may update `%(mark)s`.
 _GRANTED = """
 select bool_and(
   has_schema_privilege(r.rolname, n.oid, 'usage')
   and has_database_privilege(r.rolname, current_database(), 'connect')
   and has_table_privilege(r.rolname, c.oid, 'select')
+  and (%(writes)s or c.relname <> 'parked' or (
+    select bool_and(has_column_privilege(r.rolname, c.oid, mark, 'update')) from unnest(%(mark)s::text[]) mark))
   and (not %(writes)s
     or has_database_privilege(r.rolname, current_database(), 'temporary')
-    and (has_table_privilege(r.rolname, c.oid, 'insert') or c.relname !~ '^(rows_|parked$)')
+    and (has_table_privilege(r.rolname, c.oid, 'insert') or c.relname !~ '^(rows_|parked$|discarded$)')
     and (has_table_privilege(r.rolname, c.oid, 'update') or c.relname !~ '^(rows_|parked$|positions$)')))
 from pg_roles r, pg_namespace n join pg_class c on c.relnamespace = n.oid and c.relkind = 'r'
 where r.rolname = %(role)s and n.nspname = %(schema)s
@@ -530,7 +552,7 @@ async def _grant(conn: AsyncConnection[Any], schema: str) -> None:
     projector, query = logins(conn.info.dbname, schema)
     for role in await _existing(conn, (projector, query)):
         writes = role == projector
-        cursor = await conn.execute(_GRANTED, {"role": role, "schema": schema, "writes": writes})
+        cursor = await conn.execute(_GRANTED, {"role": role, "schema": schema, "writes": writes, "mark": list(MARK)})
         row = await cursor.fetchone()
         if row is not None and row[0]:
             continue
@@ -540,7 +562,12 @@ async def _grant(conn: AsyncConnection[Any], schema: str) -> None:
             "grant select on all tables in schema {schema} to {role}"
         )
         if writes:
-            statement += "; grant update on {positions} to {role}; grant insert, update, delete on {tables} to {role}"
+            statement += (
+                "; grant update on {positions} to {role}; grant insert, update, delete on {tables} to {role}; "
+                "grant insert on {discarded} to {role}"
+            )
+        else:
+            statement += "; grant update ({mark}) on {parked} to {role}"
         cursor = await conn.execute(sql.SQL("select version from {}.versions").format(sql.Identifier(schema)))
         tables = ["parked", *(rows_table(row[0]) for row in await cursor.fetchall())]
         await conn.execute(
@@ -550,6 +577,9 @@ async def _grant(conn: AsyncConnection[Any], schema: str) -> None:
                 role=sql.Identifier(role),
                 schema=sql.Identifier(schema),
                 positions=sql.Identifier(schema, "positions"),
+                parked=sql.Identifier(schema, "parked"),
+                discarded=sql.Identifier(schema, "discarded"),
+                mark=sql.SQL(", ").join(map(sql.Identifier, MARK)),
                 tables=sql.SQL(", ").join(sql.Identifier(schema, table) for table in tables),
             )
         )
@@ -571,7 +601,9 @@ async def _may_follow(conn: AsyncConnection[Any], schema: sql.Identifier, live: 
             "  where n.version = %(version)s"
             "    and (n.position < coalesce(l.position, n.head) or (l.position is null and n.seen_at is null)))"
             " and (select count(*) from {0}.parked where version = %(version)s)"
+            "  + (select count(*) from {0}.discarded where version = %(version)s)"
             "  <= (select count(*) from {0}.parked where version = %(live)s)"
+            "  + (select count(*) from {0}.discarded where version = %(live)s)"
         ).format(schema),
         {"live": live, "version": version},
     )

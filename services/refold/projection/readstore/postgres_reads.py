@@ -32,6 +32,7 @@ from refold.projection.readstore import (
     UnreadableError,
 )
 from refold.projection.readstore.postgres import rows_table
+from refold.projection.readstore.postgres_parked import PostgresParkedReads
 
 #: Seconds that a statement may take on the server; what is asked for here takes milliseconds with an index.
 _STATEMENT_SECONDS = 10
@@ -60,11 +61,15 @@ _Rows = list[tuple[Any, ...]]
 
 
 class Statement(NamedTuple):
-    """SQL and its parameters. `prepared`: its plan is good whatever the parameters are, so it is made once."""
+    """SQL and its parameters. `prepared`: its plan is good whatever the parameters are, so it is made once.
+
+    `writes`: it needs a transaction that isn't read-only. One whose connection was lost may be run twice.
+    """
 
     sql: bytes
     parameters: Mapping[str, Any]
     prepared: bool = True
+    writes: bool = False
 
 
 class PostgresReads:
@@ -126,6 +131,14 @@ class PostgresReads:
         """Return what reads the version."""
         return PostgresVersion(self, self._schema, name, definition)
 
+    def parked(self) -> PostgresParkedReads:
+        """Return what lists and marks parked events."""
+
+        async def execute(text: bytes, parameters: Mapping[str, Any], writes: bool) -> _Rows:
+            return await self.execute(Statement(text, parameters, writes=writes))
+
+        return PostgresParkedReads(self._schema, execute)
+
     async def execute(self, statement: Statement) -> _Rows:
         """Run a statement; once more on another connection where the server has closed the first (it restarted)."""
         try:
@@ -144,8 +157,13 @@ class PostgresReads:
 
     async def _run(self, statement: Statement) -> _Rows:
         async with self._pool.connection() as connection:
-            cursor = await connection.execute(statement.sql, statement.parameters, prepare=statement.prepared)
-            return await cursor.fetchall()
+            if not statement.writes:
+                cursor = await connection.execute(statement.sql, statement.parameters, prepare=statement.prepared)
+                return await cursor.fetchall()
+            async with connection.transaction():
+                await connection.execute("set transaction read write")
+                cursor = await connection.execute(statement.sql, statement.parameters, prepare=statement.prepared)
+                return await cursor.fetchall()
 
 
 class PostgresVersion:
@@ -166,7 +184,7 @@ class PostgresVersion:
         self._state = sql.SQL(
             "select (select live from {pointer}) as live,"
             " (select json_agg(json_build_array(incarnation, partition, position, head, lag_seconds,"
-            " extract(epoch from seen_at), stopped) order by incarnation, partition)::text"
+            " extract(epoch from seen_at), stopped, unparked) order by incarnation, partition)::text"
             " from {positions} where version = {version}) as positions,"
             " extract(epoch from now())::float8 as now"
         ).format(**names)

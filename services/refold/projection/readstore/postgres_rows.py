@@ -11,7 +11,8 @@ How a batch is written (`PostgresRows.apply`):
    which are merged with. Rows fed by several partitions have one shape, so that all projectors lock rows in the order
    of their keys. `add`, `min` and `max` join in SQL, and a column that is set has its stamp beside it, of which the
    later wins: no update is lost whoever writes first.
-4. Parked events and the positions.
+4. Parked events and the positions. Where parked events leave (`postgres_parked`), the positions say so; a batch that
+   was folded before that is dropped as one whose partition moved.
 
 The rows of one partition are only ever written by who holds the lock on its position, so that rows fed by one partition
 need no rule about concurrent writers.
@@ -46,6 +47,8 @@ from refold.projection.readstore import (
     UnavailableError,
 )
 from refold.projection.readstore.postgres import TYPES, default_literal, rows_table, stamp_column, stamped
+from refold.projection.readstore.postgres_parked import PostgresParked
+from refold.projection.unparking import Entry, ParkedRow, Settled
 from refold.projection.values import Value
 
 #: Server-side limits of a projector's session. A frozen process (SIGSTOP, a paused VM) lets go of its locks within the
@@ -80,6 +83,7 @@ class PostgresRows:
         self._version = version
         self._schema = sql.Identifier(names.read_schema(namespace, name))
         self._table = sql.Identifier(names.read_schema(namespace, name), rows_table(version))
+        self._parked = PostgresParked(self._schema, version)
         self._conn: psycopg.Connection[Any] | None = None
         self._writer: _Writer | None = None
         #: What the next batch was folded from: the ids of the transactions that wrote the rows which were read.
@@ -121,8 +125,9 @@ class PostgresRows:
             cursor = self._connection().cursor(row_factory=class_row(Position))
             cursor.execute(
                 self._sql(
-                    "select incarnation, partition, position, topic_id, kafka_offset, stopped from {schema}.positions "
-                    "where version = %s and (incarnation, partition) in (select * from unnest(%s::text[], %s::int[]))"
+                    "select incarnation, partition, position, topic_id, kafka_offset, stopped, unparked "
+                    "from {schema}.positions where version = %s "
+                    "and (incarnation, partition) in (select * from unnest(%s::text[], %s::int[]))"
                 ),
                 [self._version, incarnations, numbers],
             )
@@ -154,6 +159,21 @@ class PostgresRows:
             self._raise(error)
         return parked, counts
 
+    def asked(self, partitions: Iterable[tuple[str, int]]) -> tuple[bool, list[ParkedRow]]:
+        """Return whether the version is live, and the parked rows of the partitions of which something is asked."""
+        incarnations, numbers = _columns(partitions, 2)
+        try:
+            return self._parked.asked(self._connection(), incarnations, numbers)
+        except psycopg.Error as error:
+            self._raise(error)
+
+    def refuse(self, entries: Sequence[Entry], error: str | None) -> None:
+        """Do nothing of what is asked of `entries`; the first stays parked because of `error` (None: as before)."""
+        try:
+            self._parked.refuse(self._connection(), entries, None if error is None else _storable(error))
+        except psycopg.Error as failure:
+            self._raise(failure)
+
     def read(self, keys: Iterable[str], columns: Sequence[str]) -> dict[str, dict[str, Value]]:
         """Return what stands in the rows, by key and column; a row that doesn't exist is left out.
 
@@ -171,12 +191,20 @@ class PostgresRows:
         self._read = (wanted, {row[0]: row[1] for row in found})
         return {row[0]: dict(zip(columns, row[2:], strict=True)) for row in found}
 
-    def apply(self, changes: Iterable[RowChange], parked: Sequence[ParkedEvent], advances: Sequence[Advance]) -> None:
+    def apply(
+        self,
+        changes: Iterable[RowChange],
+        parked: Sequence[ParkedEvent],
+        advances: Sequence[Advance],
+        settled: Settled | None = None,
+    ) -> None:
         """Write a batch: all of it in one transaction, or nothing.
 
+        `settled` names parked events that leave; their partition is one of `advances`.
+
         Raises:
-            MovedError: a partition isn't at its `before`, or a row that was read has changed: another projector has
-                written in the meantime.
+            MovedError: a partition isn't at its `before`, a row that was read has changed, or parked events left:
+                another projector has written in the meantime. Or what is `settled` can't be any more.
             RefusedError: a row can't be stored (out of range, too large); smaller batches tell which event is to blame.
         """
         read, self._read = self._read, None
@@ -186,7 +214,7 @@ class PostgresRows:
             raise RefusedError(f"a text isn't valid Unicode: {error.reason}") from error
         for attempt in range(_TRANSIENT_TRIES):
             try:
-                self._transaction(read, staged, statement, parked, advances)
+                self._transaction(read, staged, statement, parked, advances, settled)
                 return
             except psycopg.Error as error:
                 if error.sqlstate in _TRANSIENT and attempt < _TRANSIENT_TRIES - 1 and self._alive():
@@ -248,6 +276,7 @@ class PostgresRows:
         statement: sql.Composed | None,
         parked: Sequence[ParkedEvent],
         advances: Sequence[Advance],
+        settled: Settled | None,
     ) -> None:
         conn = self._connection()
         ordered = sorted(advances, key=lambda advance: (advance.incarnation, advance.partition))
@@ -258,6 +287,8 @@ class PostgresRows:
             self._lock(cursor, ordered)
             if read is not None:
                 self._compare(cursor, *read)
+            if settled is not None:
+                self._parked.settle(cursor, settled)
             if statement is not None:
                 cursor.execute(statement, prepare=False)  # several statements in one can't be prepared
             if parked:
@@ -286,7 +317,7 @@ class PostgresRows:
         """Lock the positions in order; raise MovedError where one isn't where the batch began."""
         cursor.execute(
             self._sql(
-                "select incarnation, partition, position from {schema}.positions where version = %s "
+                "select incarnation, partition, position, unparked from {schema}.positions where version = %s "
                 "and (incarnation, partition) in (select * from unnest(%s::text[], %s::int[])) "
                 "order by incarnation, partition for update"
             ),
@@ -297,7 +328,7 @@ class PostgresRows:
             ],
         )
         found = cursor.fetchall()
-        expected = [(advance.incarnation, advance.partition, advance.before) for advance in ordered]
+        expected = [(one.incarnation, one.partition, one.before, one.unparked) for one in ordered]
         if found != expected:
             raise MovedError(f"the read store stands at {found}, this projector at {expected}")
 

@@ -15,7 +15,7 @@ METRICS = "/metrics"
 EVENTS = "eventstreams/events"
 ROWS = "projections/rows"
 
-Verb = Literal["create", "get", "watch"]
+Verb = Literal["create", "get", "update", "watch"]
 
 
 class ResourceAccess(NamedTuple):
@@ -44,6 +44,10 @@ Access = ResourceAccess | PathAccess
 
 class Caller(Protocol):
     """Somebody whose token was found valid."""
+
+    @property
+    def name(self) -> str:
+        """What logs call the caller."""
 
     async def require(self, access: Access) -> None:
         """Return where the caller may do this.

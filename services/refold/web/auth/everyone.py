@@ -16,6 +16,8 @@ _log = structlog.get_logger(__name__)
 class Everyone:
     """Allows everything and everybody, and says so in the log: at the start, and again every ten minutes of use."""
 
+    name = "anybody"
+
     def __init__(self) -> None:
         self._remind = 0.0
 

@@ -60,6 +60,11 @@ class _Caller:
         self.user = user
         self._authority = authority
 
+    @property
+    def name(self) -> str:
+        """The user's name."""
+        return self.user.name
+
     async def require(self, access: Access) -> None:
         """Return where the user has this right."""
         if not await self._authority.may(self.user, access):

@@ -44,7 +44,7 @@ class Rule(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     resources: Annotated[list[Literal["eventstreams/events", "projections/rows", "*"]], Field(min_length=1)]
-    verbs: Annotated[list[Literal["create", "get", "watch", "*"]], Field(min_length=1)]
+    verbs: Annotated[list[Literal["create", "get", "update", "watch", "*"]], Field(min_length=1)]
     namespaces: _Names
     names: _Names
 
@@ -71,6 +71,11 @@ class Document(BaseModel):
 class _Caller:
     def __init__(self, entry: Entry) -> None:
         self._entry = entry
+
+    @property
+    def name(self) -> str:
+        """The entry's name."""
+        return self._entry.name
 
     async def require(self, access: Access) -> None:
         """Return where a rule of the file allows this."""
