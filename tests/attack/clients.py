@@ -11,6 +11,9 @@ Each does three things at random, on one stream that all share:
 An append that was acknowledged goes to `acknowledged`. A refusal because of a revision is final, since revisions only
 grow: that append must not be in the history. Anything else (no answer, a broken connection, 503) leaves the client in
 doubt, and it sends the same again. So at the end nothing is in doubt.
+
+A client of one event store alone waits longer for its answer than anything that happens to the store takes, and fails
+without one: the others would go to another store and never notice that one answers nobody any more.
 """
 
 import collections
@@ -33,6 +36,8 @@ ACCOUNTS = [f"account/{number}" for number in range(24)]
 COUNTERS = [f"counter/{number}" for number in range(4)]
 #: Seconds that a client waits for an answer; less than an event store is stopped or cut off for.
 ANSWER_SECONDS = 4.0
+#: The same for a client of one event store alone.
+FAITHFUL_SECONDS = 60.0
 #: Seconds after which an append must have been acknowledged, whatever happens meanwhile.
 PATIENCE_SECONDS = 120.0
 #: Seconds that a client rests at most between two appends.
@@ -81,9 +86,9 @@ class Client(threading.Thread):
     def __init__(self, name: str, stores: Sequence[Service], seed: int) -> None:
         super().__init__(name=name, daemon=True)
         self._random = random.Random(seed)
-        self._connections = [
-            http.client.HTTPConnection("127.0.0.1", one.port, timeout=ANSWER_SECONDS) for one in stores
-        ]
+        self._faithful = len(stores) == 1
+        seconds = FAITHFUL_SECONDS if self._faithful else ANSWER_SECONDS
+        self._connections = [http.client.HTTPConnection("127.0.0.1", one.port, timeout=seconds) for one in stores]
         self._stopped = threading.Event()
         self._numbers = itertools.count()
         self._seen: collections.Counter[str] = collections.Counter()  # the revision of each subject, as last told
@@ -214,6 +219,8 @@ class Client(threading.Thread):
                 answered = msgspec.json.decode(answer.read())
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
+                if self._faithful and isinstance(error, TimeoutError):
+                    raise Failed(f"{method} {path}: no answer within {FAITHFUL_SECONDS:g} s") from error
                 answered = repr(error)
             else:
                 if "deadlock" in str(answered):

@@ -69,6 +69,9 @@ def test_no_acknowledged_append_is_lost_or_counted_twice_whatever_is_killed(
             print(f"logs in {platform.logs}", flush=True)
         with Fleet(platform, stream, versions, networks) as fleet:
             clients = [Client(f"client {i}", fleet.stores, draw.randrange(2**32)) for i in range(CLIENTS)]
+            clients += [
+                Client(f"client of {store.port} alone", [store], draw.randrange(2**32)) for store in fleet.stores
+            ]
 
             def failures() -> list[str]:
                 return [client.failure for client in clients if client.failure]
@@ -113,7 +116,7 @@ def report(seed: int, fleet: Fleet, counts: collections.Counter[str], heads: lis
 {fleet.happened.total()} disturbances:
 {happened}
 the stream's shard of the relay was taken over {fleet.takeovers() - 1} times
-{CLIENTS} clients:
+{CLIENTS} clients of both event stores, and one of each alone:
   {counts["acknowledged"]:,} appends acknowledged, {counts["atomic"]:,} of them atomic, to 2 to 8 subjects
   {counts["repeated"]:,} requests repeated, {counts["answered as replays"]:,} appends answered as replays
   {counts["refused for a revision"]:,} appends refused for a revision

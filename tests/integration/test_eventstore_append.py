@@ -15,6 +15,7 @@ import msgspec
 import psycopg
 import pytest
 from prometheus_client import REGISTRY
+from psycopg.types.json import Jsonb
 from refold import names, tokens
 from refold.eventstore import EventStore, Limits, NewEvent, catalog, reads
 from refold.eventstore import lane as lanes
@@ -463,3 +464,20 @@ async def test_the_heads_are_shown_of_the_streams_that_are_served(log: Log) -> N
     assert shown() == 7
     await heads.show([])
     assert shown() is None
+
+
+async def test_nothing_that_an_append_in_sql_runs_is_compiled(log: Log) -> None:
+    """JIT takes tens of milliseconds; what an append forbids the planner makes plans look worth it."""
+    plans: list[str] = []
+    async with connected(log.installed.superuser) as conn:
+        await conn.execute("load 'auto_explain'; set auto_explain.log_min_duration = 0; set client_min_messages = log")
+        await conn.execute(
+            "set auto_explain.log_nested_statements = on; set auto_explain.log_analyze = on; set jit = on"
+        )
+        conn.add_notice_handler(lambda notice: plans.append(notice.message_primary or ""))
+        for revision in range(3):
+            events = [{"id": str(revision), "type": "T", "data": revision}]
+            call = f'select * from "{log.stream.schema}".append(%s)'
+            await conn.execute(call.encode(), [Jsonb([{"subject": "s", "events": events}])])
+    assert sum("topic_bytes" in plan for plan in plans) == 3
+    assert not [plan for plan in plans if "JIT:" in plan]
