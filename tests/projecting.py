@@ -141,13 +141,25 @@ class World:
     async def projection(self, definition: Definition, name: str, *, rebuild: str = "") -> "ReadModel":
         refs = [self.streams[stream] for stream in definition.streams]
         version = version_of(definition, refs, rebuild=rebuild)
+        ends = {
+            ref.incarnation: await self.positions_at(definition.as_of, ref.name) for ref in refs if definition.as_of
+        }
         async with await AsyncConnection.connect(self.dsn, autocommit=True) as conn:
             await postgres.claim_projection(conn, namespace=NAMESPACE, name=name, uid=name)
             await postgres.ensure_version(
                 conn, namespace=NAMESPACE, name=name, version=version,
-                definition=VersionDefinition(definition=definition, streams=refs),
+                definition=VersionDefinition(definition=definition, streams=refs, ends=ends),
             )  # fmt: skip
         return ReadModel(self, name, version, definition)
+
+    async def positions_at(self, moment: dt.datetime, name: str = "orders") -> list[int]:
+        """Return the stream's last positions until `moment`, which has passed."""
+        async with await AsyncConnection.connect(self.dsn, autocommit=True) as conn:
+            stream = await catalog.get_stream(conn, NAMESPACE, name)
+            assert stream is not None
+            found = await catalog.positions_at(conn, stream, moment)
+            assert found is not None, "the moment hasn't passed"
+            return found
 
     def store(self, events: Sequence[tuple[str, str, dict[str, Any]]], name: str = "orders") -> list[Event]:
         """Write (subject, type, data) to the event store, and return the events."""
@@ -179,9 +191,10 @@ class World:
                     )  # fmt: skip
             for partition, log in enumerate(self.events[name]):
                 cursor.execute(
-                    "update refold.heads h set head = %s from refold.streams s "
+                    "update refold.heads h set head = %s, recorded_at = coalesce(%s, h.recorded_at) "
+                    "from refold.streams s "
                     "where s.stream = h.stream and s.incarnation = %s and h.partition = %s",
-                    [len(log), stream.incarnation, partition],
+                    [len(log), log[-1].time if log else None, stream.incarnation, partition],
                 )
         return made
 

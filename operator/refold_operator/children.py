@@ -99,8 +99,9 @@ def projector(
     image: Image,
     brokers: kafka.Brokers,
     secret: Manifest,
+    runs: bool = True,
 ) -> Manifest:
-    """Return the Deployment of one version's projectors."""
+    """Return the Deployment of one version's projectors; without any where it doesn't run."""
     env = [
         {"name": "REFOLD_PROJECTION", "value": f"{owner.metadata.namespace}/{owner.metadata.name}"},
         {"name": "REFOLD_VERSION", "value": version},
@@ -111,7 +112,8 @@ def projector(
     ]
     return _deployment(
         owner, names.projector_name(owner.metadata.name, version), "projector", _labels(owner, "projector", version),
-        processes=owner.spec.projector, image=image, env=env, secret=secret,
+        processes=owner.spec.projector if runs else owner.spec.projector.model_copy(update={"replicas": 0}),
+        image=image, env=env, secret=secret,
     )  # fmt: skip
 
 

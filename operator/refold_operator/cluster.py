@@ -112,9 +112,14 @@ class Cluster:
         assert answer is not None
         return answer
 
-    async def delete(self, kind: str, namespace: str, name: str) -> None:
-        """Delete an object and, in the background, what it owns; one that is gone is no error."""
-        body = {"propagationPolicy": "Background"}
+    async def delete(self, kind: str, namespace: str, name: str, *, uid: str | None = None) -> None:
+        """Delete an object and, in the background, what it owns; one that is gone is no error.
+
+        With a `uid` no other object of this name is deleted: `RefusedError`.
+        """
+        body: dict[str, Any] = {"propagationPolicy": "Background"}
+        if uid is not None:
+            body["preconditions"] = {"uid": uid}
         await self._request("DELETE", kind, namespace, name, body=body, missing_ok=True)
 
     async def patch_status(self, kind: str, namespace: str, name: str, patch: Mapping[str, Any]) -> None:

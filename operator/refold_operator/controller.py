@@ -69,6 +69,7 @@ class Controller:
             # Deletion is `finalize`'s; before the finalizer is there nothing may be made that it would have to undo.
             return Outcome()
         result: eventstream.Result | projection.Result
+        left: float | None = None
         if key.kind == "EventStream":
             stream = resources.event_stream(body)
             result = await eventstream.reconcile(
@@ -77,6 +78,11 @@ class Controller:
             )  # fmt: skip
         else:
             reader = resources.projection(body)
+            left = projection.seconds_left(reader, now=dt.datetime.now(dt.UTC))
+            if left is not None and left <= 0:
+                _log.info("the Projection's ttl has passed: deleting it", key=str(key))
+                await self._cluster.delete(key.kind, key.namespace, key.name, uid=reader.metadata.uid)
+                return Outcome()
             self._readers[key] = frozenset(reader.spec.streams)
             result = await projection.reconcile(reader, self._surroundings())
         changed = await self._write(key, body, result.conditions, result.status, found=result.found)
@@ -84,8 +90,8 @@ class Controller:
             self.wake_readers(key.namespace, key.name)
         if result.failed:
             return Outcome(again=result.again, failed=True, message=result.conditions[0].message)
-        resync = self._settings.resync_seconds
-        return Outcome(again=resync if result.again is None else min(result.again, resync))
+        moments = [self._settings.resync_seconds, result.again, left]
+        return Outcome(again=min(moment for moment in moments if moment is not None))
 
     async def finalize(self, key: Key) -> Outcome:
         """Do what is left to do for a resource that is being deleted; failed means that it has to be tried again."""

@@ -42,7 +42,7 @@ from refold_operator.store import Store
 _log = structlog.get_logger(__name__)
 
 #: Reasons that go by themselves when something else is done; no person has to look.
-PASSING = frozenset({"StreamNotReady", "Installing", "ProcessesEnding"})
+PASSING = frozenset({"StreamNotReady", "Installing", "ProcessesEnding", "AsOfNotPassed"})
 #: Seconds until a version that is being built is looked at again.
 _BUILDING_SECONDS = 2.0
 #: Seconds until a version with events to fold is looked at again.
@@ -137,7 +137,7 @@ async def reconcile(projection: Projection, around: Surroundings) -> Result:
             # What serves is looked after, whatever is wrong with what is to come.
             if state.live is not None:
                 plan = _plan(projection, None, state, {})
-                deployments = await _apply(projection, around, plan.keep, found)
+                deployments = await _apply(projection, around, plan.keep, found, finished=_finished(projection, state))
                 await _drop(projection, around, plan)
             raise
         target = version
@@ -148,7 +148,7 @@ async def reconcile(projection: Projection, around: Surroundings) -> Result:
                 _log.info("version made", namespace=namespace, name=name, version=version)
             state = await around.readstore.status(namespace=namespace, name=name)
         plan = _plan(projection, version, state, {})
-        deployments = await _apply(projection, around, plan.keep, found)
+        deployments = await _apply(projection, around, plan.keep, found, finished=_finished(projection, state))
         with _readstore_errors():
             await around.readstore.try_swap(namespace=namespace, name=name, version=version)
             state = await around.readstore.status(namespace=namespace, name=name)
@@ -156,7 +156,6 @@ async def reconcile(projection: Projection, around: Surroundings) -> Result:
     except ReconcileError as error:
         problem = error
         deployments = deployments or await _look(projection, around)
-    building = state.versions.get(target) if target is not None and target != state.live else None
     return _result(
         projection,
         target=target,
@@ -164,7 +163,7 @@ async def reconcile(projection: Projection, around: Surroundings) -> Result:
         deployments=deployments,
         problem=problem,
         found=found,
-        pace=around.paces.see((namespace, name), building),
+        pace=around.paces.see((namespace, name), _building(projection, target, state)),
     )
 
 
@@ -220,7 +219,33 @@ async def _wanted(projection: Projection, around: Surroundings) -> tuple[str, Ve
     ]  # fmt: skip
     rebuild = projection.metadata.annotations.get(REBUILD_ANNOTATION, "")
     version = definitions.version_of(definition, refs, rebuild=rebuild)
-    return version, VersionDefinition(definition=definition, streams=refs)
+    ends = {} if definition.as_of is None else await _ends(projection, around, version, streams, definition.as_of)
+    return version, VersionDefinition(definition=definition, streams=refs, ends=ends)
+
+
+async def _ends(
+    projection: Projection, around: Surroundings, version: str, streams: Sequence[Stream], moment: dt.datetime
+) -> dict[str, list[int]]:
+    """Return the streams' last positions until `moment`; those that the version was made with, if it was."""
+    with _readstore_errors():
+        made = await around.readstore.definitions(
+            namespace=projection.metadata.namespace, name=projection.metadata.name
+        )
+    if version in made:
+        return made[version].ends
+    ends = {}
+    for stream in streams:
+        with _store_errors():
+            positions = await around.store.positions_at(stream, moment)
+        if positions is None:
+            raise ReconcileError(
+                "Ready",
+                "AsOfNotPassed",
+                f"spec.asOf: {moment.isoformat()} hasn't passed by the event store's clock; it goes on then",
+                retry_after=min(60.0, max(1.0, (moment - dt.datetime.now(dt.UTC)).total_seconds() + 0.5)),
+            )
+        ends[stream.incarnation] = positions
+    return ends
 
 
 async def _streams(projection: Projection, around: Surroundings, wanted: Sequence[str]) -> list[Stream]:
@@ -252,9 +277,14 @@ async def _claim(projection: Projection, around: Surroundings) -> ProjectionStat
 
 
 async def _apply(
-    projection: Projection, around: Surroundings, versions: Collection[str], found: list[str]
+    projection: Projection,
+    around: Surroundings,
+    versions: Collection[str],
+    found: list[str],
+    *,
+    finished: Collection[str],
 ) -> dict[str, Object]:
-    """Make the logins and the Kubernetes objects of `versions`.
+    """Make the logins and the Kubernetes objects of `versions`; those that are `finished` need no projectors any more.
 
     Returns:
         The Deployments by name. `found` gets what was put right.
@@ -282,7 +312,9 @@ async def _apply(
         secret = children.projector_secret(
             projection, version, store_dsn=store_dsn, readstore_dsn=logins.projector, kafka_files=kafka_files
         )
-        deployment = children.projector(projection, version, image=around.image, brokers=around.brokers, secret=secret)
+        deployment = children.projector(
+            projection, version, image=around.image, brokers=around.brokers, secret=secret, runs=version not in finished
+        )
         wanted += [secret, deployment]
     with _cluster_errors():
         there = {
@@ -367,6 +399,29 @@ def _plan(
     return plan_versions(target=target, state=state, running=running, keep_previous=projection.spec.keep_previous)
 
 
+def _finished(projection: Projection, state: ProjectionStatus) -> set[str]:
+    """Return the versions that are of a moment and hold all until then; parked events may still need a projector."""
+    if projection.spec.as_of is None:
+        return set()
+    return {name for name, version in state.versions.items() if version.complete and not version.parked}
+
+
+def _building(projection: Projection, target: str | None, state: ProjectionStatus) -> VersionStatus | None:
+    """Return the version that is being built: readers don't see it yet, or it is of a moment and isn't complete."""
+    version = state.versions.get(target) if target is not None else None
+    if version is None or (target == state.live and (projection.spec.as_of is None or version.complete)):
+        return None
+    return version
+
+
+def seconds_left(projection: Projection, *, now: dt.datetime) -> float | None:
+    """Return how long the Projection has to live by its `spec.ttl`; None where it has none."""
+    created = projection.metadata.creation_timestamp
+    if projection.spec.ttl is None or created is None:
+        return None
+    return (created + projection.spec.ttl - now).total_seconds()
+
+
 async def _drop(projection: Projection, around: Surroundings, plan: Versions) -> None:
     """Take away the versions that go."""
     namespace, name = projection.metadata.namespace, projection.metadata.name
@@ -403,7 +458,7 @@ def _result(
 ) -> Result:
     """Make conditions and status of what was found; `pace` is the build's, in events a second. Pure."""
     live = state.versions.get(state.live) if state.live is not None else None
-    building = state.versions.get(target) if target is not None and target != state.live else None
+    building = _building(projection, target, state)
     name = projection.metadata.name
     query = deployments.get(names.query_name(name))
     projector = deployments.get(names.projector_name(name, state.live)) if state.live is not None else None
@@ -473,7 +528,7 @@ def build_status(building: VersionStatus, live: VersionStatus | None, pace: floa
 
 def _failing(building: VersionStatus | None, live: VersionStatus | None, builder: Object | None) -> str | None:
     """Return why a build can't take the live version's place unless somebody does something."""
-    if building is None:
+    if building is None or building is live:
         return None
     if building.stopped:
         return "; ".join(dict.fromkeys(building.stopped))
@@ -526,8 +581,15 @@ def _ready(
             "Building",
             f"version {target} is being built; readers see {live.version if live else 'none'}",
         )
+    as_of = projection.spec.as_of
+    if as_of is not None and not live.complete:
+        return Condition("Ready", "False", "Building", f"version {target} isn't yet what it was at {as_of.isoformat()}")
     if available.status != "True":
         return Condition("Ready", "False", available.reason, available.message)
+    if as_of is not None:
+        return Condition(
+            "Ready", "True", "Complete", f"version {live.version} serves, as it was at {as_of.isoformat()}"
+        )
     wanted = projection.spec.projector.replicas
     if wanted and (projector is None or not projector.get("status", {}).get("availableReplicas", 0)):
         return Condition("Ready", "False", "ProjectorStarting", "no projector is ready yet")

@@ -49,6 +49,7 @@ class Metadata(_Model):
     resource_version: str = Field(alias="resourceVersion")
     finalizers: list[str] = []
     annotations: dict[str, str] = {}
+    creation_timestamp: dt.datetime | None = Field(default=None, alias="creationTimestamp")
     deletion_timestamp: str | None = Field(default=None, alias="deletionTimestamp")
 
 
@@ -98,6 +99,8 @@ class ProjectionSpec(_Model):
     projector: Processes = Processes()
     query: Processes = Processes()
     keep_previous: Duration = Field(default=dt.timedelta(hours=1), alias="keepPrevious", validate_default=False)
+    as_of: dt.datetime | None = Field(default=None, alias="asOf")
+    ttl: Duration | None = None
     deletion_policy: DeletionPolicy = Field(default="Delete", alias="deletionPolicy")
 
 

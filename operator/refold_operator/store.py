@@ -1,6 +1,7 @@
 """The event store, as the operator manages it: the catalog's claims, and the logins that read it."""
 
 import asyncio
+import datetime as dt
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -112,6 +113,11 @@ class Store:
             for stream in streams
             if stream.uid is not None
         }
+
+    async def positions_at(self, stream: Stream, moment: dt.datetime) -> list[int] | None:
+        """Return the last positions until `moment`, None where it hasn't passed; see `refold.eventstore.catalog`."""
+        async with self.database.connection() as connection:
+            return await catalog.positions_at(connection, stream, moment)
 
     async def projector_login(self, role: str, password: str, streams: Sequence[Stream]) -> str:
         """Make the login of a projection's projectors, which may read `streams` and their heads; return its DSN."""

@@ -201,6 +201,7 @@ def live(api: ApiServer, namespace: str, name: str = "status") -> str:
     return version
 
 
+PAST = "2026-01-31T23:59:59Z"
 COLUMNS = [{"name": "status", "type": "text"}]
 RULES = [{"type": "OrderPlaced", "set": {"status": "'placed'"}}]
 
@@ -249,6 +250,10 @@ RULES = [{"type": "OrderPlaced", "set": {"status": "'placed'"}}]
         (projection("default", query={"replicas": 1000}), "spec.query.replicas"),
         (projection("default", keepPrevious="1 day"), "spec.keepPrevious"),
         (projection("default", keepPrevious="721h"), "spec.keepPrevious"),
+        (projection("default", asOf="yesterday"), "spec.asOf"),
+        (projection("default", asOf="2026-01-31T23:59:59"), "spec.asOf"),
+        (projection("default", asOf=PAST, ttl="1 day"), "spec.ttl"),
+        (projection("default", ttl="1h"), "only a Projection with asOf may have a ttl"),
         (projection("default", query={"resources": {"limits": {"memory": "much"}}}), "spec.query.resources.limits"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -271,6 +276,8 @@ def test_the_api_server_refuses_a_bad_spec_and_names_the_field(
         event_stream("default", events=[{"name": "n" * 255, "schema": {"$ref": "#/$defs/a", "$defs": {"a": {}}}}]),
         projection("default", "p" * 40),
         projection("default", keepPrevious="0s"),
+        projection("default", asOf=PAST),
+        projection("default", asOf="2026-01-31T23:59:59.123456+02:00", ttl="24h"),
         projection("default", keepPrevious="719h59m60s"),
         projection("default", projector={"replicas": 0, "resources": {"requests": {"cpu": 1, "memory": "1.5Gi"}}}),
         projection(
@@ -697,6 +704,91 @@ def test_the_annotation_rebuilds_with_the_same_definition_and_tells_how_far_it_i
     positions.execute("delete from {schema}.parked")
     api.kubectl("annotate", "projection", "status", "refold.dev/rebuild-", "-n", namespace)
     until(lambda: live(api, namespace) == former)
+
+
+def now(seconds: float = 0) -> str:
+    return (dt.datetime.now(dt.UTC) + dt.timedelta(seconds=seconds)).isoformat()
+
+
+def record(postgres: Postgres, operator: Operator, namespace: str, first: int, last: int) -> None:
+    """Write events of these positions into partition 0 of the stream `orders`."""
+    with psycopg.connect(postgres.dsn(operator.store), autocommit=True) as connection:
+        connection.execute(
+            f'insert into "{namespace}.orders".events '
+            "(partition, position, subject, revision, id, type, data, recorded_at) "
+            "select 0, n, 's', n, n::text, 'OrderPlaced', '{}', now() from generate_series(%s::int, %s) n",
+            [first, last],
+        )
+        connection.execute(
+            "update refold.heads h set head = %s, recorded_at = now() from refold.streams s "
+            "where s.stream = h.stream and s.namespace = %s and partition = 0",
+            [last, namespace],
+        )
+
+
+def test_a_read_model_as_of_a_moment_is_built_until_then_and_its_projectors_end(
+    api: ApiServer, operator: Operator, namespace: str, positions: Positions, postgres: Postgres
+) -> None:
+    api.apply(event_stream(namespace))
+    becomes(api, "eventstream", namespace, "orders", "True", "Active")
+    record(postgres, operator, namespace, 1, 7)
+    moment = now()
+    time.sleep(0.01)
+    record(postgres, operator, namespace, 8, 9)
+    api.apply(projection(namespace, asOf=moment))
+    becomes(api, "projection", namespace, "status", "False", "Building")
+    version = live(api, namespace)
+    assert building(api, namespace) == version
+    heads = "select partition, head from {schema}.positions order by partition"
+    assert positions.execute(heads) == [(0, 7), (1, 0)]
+    projector = f"status-projector-{version}"
+
+    def replicas() -> int:
+        found: int = api.get("deployment", projector, "-n", namespace)["spec"]["replicas"]
+        return found
+
+    until(lambda: replicas() == 1)
+    operator.kill()
+    positions.execute("update {schema}.positions set position = head")
+    operator.start()
+    until(lambda: replicas() == 0)
+    roll_out(api, namespace)
+    becomes(api, "projection", namespace, "status", "True", "Complete")
+    assert "building" not in api.get("projection", "status", "-n", namespace)["status"]
+    assert positions.execute(heads) == [(0, 7), (1, 0)]
+
+    api.apply(changed(namespace, asOf=moment))
+    next_version = building(api, namespace, but=version)
+    positions.execute("update {schema}.positions set position = head where version = %s", next_version)
+    until(lambda: live(api, namespace) == next_version)
+    for change in ({"asOf": now()}, {}):
+        with pytest.raises(RuntimeError, match="asOf is immutable"):
+            api.apply(projection(namespace, **change))
+
+
+def test_as_of_a_moment_that_has_not_passed_waits_for_it(api: ApiServer, namespace: str) -> None:
+    api.apply(event_stream(namespace))
+    becomes(api, "eventstream", namespace, "orders", "True", "Active")
+    api.apply(projection(namespace, asOf=now(8)))
+    becomes(api, "projection", namespace, "status", "False", "AsOfNotPassed")
+    assert "live" not in api.get("projection", "status", "-n", namespace)["status"]
+    becomes(api, "projection", namespace, "status", "False", "QueryStarting")
+    roll_out(api, namespace)
+    becomes(api, "projection", namespace, "status", "True", "Complete")
+
+
+def test_a_projection_whose_ttl_has_passed_is_deleted_with_its_read_model(
+    api: ApiServer, operator: Operator, namespace: str, positions: Positions
+) -> None:
+    api.apply(event_stream(namespace), projection(namespace, "stays", asOf=PAST, ttl="1h"))
+    api.apply(projection(namespace, asOf=PAST, ttl="20s"))
+    until(lambda: positions.versions())
+    operator.kill()
+    time.sleep(20)
+    operator.start()
+    until(lambda: names(api, "projections", namespace) == {"stays"})
+    assert positions.versions() == set()
+    assert not [name for name in names(api, "deployments", namespace) if name.startswith("status-")]
 
 
 def test_a_bad_definition_is_said_and_leaves_the_live_version_alone(api: ApiServer, namespace: str) -> None:

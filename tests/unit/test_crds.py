@@ -125,8 +125,8 @@ def test_printer_columns_show_fields_that_exist() -> None:
 
 
 def test_the_definitions_model_has_the_projections_fields() -> None:
-    own = {"projector", "query", "keepPrevious", "deletionPolicy"}
-    assert set(schema("Projection", "spec")["properties"]) - own == set(Definition.model_fields)
+    own = {"projector", "query", "keepPrevious", "ttl", "deletionPolicy"}
+    assert set(schema("Projection", "spec")["properties"]) - own == aliases(Definition)
     assert set(schema("Projection", "spec", "columns", "[]")["properties"]) == set(Column.model_fields)
     assert set(schema("Projection", "spec", "fold", "[]")["properties"]) == set(FoldRule.model_fields)
     assert schema("Projection", "spec", "columns", "[]", "type")["enum"] == [str(each) for each in ColumnType]
@@ -142,7 +142,7 @@ def test_the_operators_models_have_the_resources_fields() -> None:
     assert aliases(resources.Topic) == set(schema("EventStream", "spec", "topic")["properties"])
     assert aliases(resources.Processes) == set(schema("Projection", "spec", "projector")["properties"])
     assert aliases(resources.Processes) == set(schema("Projection", "spec", "query")["properties"])
-    own = {"projector", "query", "keepPrevious", "deletionPolicy"}
+    own = {"projector", "query", "keepPrevious", "asOf", "ttl", "deletionPolicy"}
     assert aliases(resources.ProjectionSpec) - {"streams"} == own
 
 
@@ -171,6 +171,7 @@ def test_the_models_read_the_defaults_that_the_api_server_fills_in(kind: str) ->
 )
 def test_durations_are_what_the_schema_lets_pass(text: str, seconds: int | None) -> None:
     pattern = schema("Projection", "spec", "keepPrevious")["pattern"]
+    assert schema("Projection", "spec", "ttl")["pattern"] == pattern
     if seconds is None:
         assert not re.search(pattern, text) or len(text) < 2
         with pytest.raises(ValueError, match="duration"):

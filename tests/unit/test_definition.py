@@ -287,6 +287,17 @@ def test_indexes_the_order_of_columns_and_replicas_make_no_version(changed: dict
     assert version_of(definition(**changed), [STREAM]) == version_of(definition(), [STREAM])
 
 
+def test_one_moment_is_one_version_however_it_is_written() -> None:
+    moments = ["2026-01-31T23:59:59Z", "2026-02-01T01:59:59.000000+02:00", "2026-01-31T23:59:58Z"]
+    parsed = [parse({**definition().model_dump(mode="json", exclude_defaults=True), "asOf": each}) for each in moments]
+    names = [version_of(each, [STREAM]) for each in parsed]
+    assert names[0] == names[1]
+    assert len({*names, version_of(definition(), [STREAM])}) == 3
+    version = VersionDefinition(definition=parsed[0], streams=[STREAM], ends={STREAM.incarnation: [3, 0]})
+    assert VersionDefinition.from_json(version.to_json()) == version
+    assert '"asOf":"2026-01-31T23:59:59Z"' in version.to_json()
+
+
 def test_versions_have_the_names_that_they_had() -> None:
     """A rename would rebuild every read model at the next upgrade of Refold."""
     assert version_of(definition(), [STREAM]) == "9f43b469"

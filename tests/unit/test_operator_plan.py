@@ -286,6 +286,12 @@ class TestManifests:
         }
         assert manifest["metadata"]["name"] == "status-projector-abc"
 
+    def test_a_version_that_is_finished_keeps_its_deployment_without_processes(self) -> None:
+        secret = children.projector_secret(owner(), "abc", store_dsn="a", readstore_dsn="b", kafka_files={})
+        made = children.projector(owner(), "abc", image=IMAGE, brokers=BROKERS, secret=secret, runs=False)
+        running = projector(owner(projector={"replicas": 3}))
+        assert (made["spec"]["replicas"], running["spec"]["replicas"]) == (0, 3)
+
     def test_other_credentials_replace_the_pods(self) -> None:
         first, second = (
             projector(owner(), store_dsn=each)["spec"]["template"]["metadata"]["annotations"]
@@ -538,6 +544,37 @@ class TestProjectionStatus:
         assert "no field x" in found["Degraded"].message
         found, _ = outcome(versions=[version("new", partitions=[partition(stopped="too many parked")])])
         assert found["Degraded"].reason == "PartitionStopped"
+
+    def test_as_of_a_moment_it_is_being_built_until_it_is_complete_and_then_needs_no_projector(self) -> None:
+        resource = owner(asOf="2026-01-31T23:59:59Z")
+        found, result = outcome(versions=[version("new", partitions=[partition(position=3)])], resource=resource)
+        assert (found["Ready"].reason, found["Progressing"].status) == ("Building", "True")
+        assert found["Available"].status == "True", "it serves what it has, with its lag"
+        assert result.status["building"]["progress"] == "30%"
+        ended = [deployment("status-query"), deployment("status-projector-new", wanted=0, available=0)]
+        found, result = outcome(resource=resource, deployments=ended)
+        assert (found["Ready"].status, found["Ready"].reason) == ("True", "Complete")
+        assert "2026-01-31T23:59:59" in found["Ready"].message
+        assert found["Progressing"].status == "False"
+        assert "building" not in result.status
+
+    def test_a_finished_version_needs_no_projectors_unless_events_are_parked(self) -> None:
+        versions = {
+            "done": version("done"),
+            "parked": version("parked", parked=1, parked_error="no field x"),
+            "short": version("short", partitions=[partition(position=9)]),
+        }
+        state = ProjectionStatus(live="done", versions=versions)
+        assert projection._finished(owner(asOf="2026-01-31T23:59:59Z"), state) == {"done"}
+        assert projection._finished(owner(), state) == set()
+
+    def test_a_ttl_counts_from_the_creation(self) -> None:
+        created = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+        metadata = {**owner().metadata.model_dump(by_alias=True), "creationTimestamp": "2026-01-01T00:00:00Z"}
+        body = {"metadata": metadata, "spec": {"streams": ["orders"], "asOf": "2025-01-01T00:00:00Z", "ttl": "1h"}}
+        left = projection.seconds_left(resources.projection(body), now=created + dt.timedelta(minutes=50))
+        assert left == 600
+        assert projection.seconds_left(owner(), now=created) is None
 
     def test_without_a_running_query_process_nothing_is_available(self) -> None:
         found, _ = outcome(deployments=[deployment("status-query", available=0), deployment("status-projector-new")])

@@ -248,6 +248,18 @@ def test_where_nobody_has_looked_for_long_something_may_be_missing_since_then() 
     assert (freshness.lag_events, freshness.lag_seconds) == (0, 100.0)
 
 
+def test_as_of_a_moment_nothing_is_missing_once_it_is_complete_however_long_nobody_looks() -> None:
+    definition = VersionDefinition(
+        definition=Definition(streams=["orders"], fold=[FoldRule(type="A", delete=True)], as_of="2026-01-31T23:59:59Z"),  # type: ignore[arg-type]
+        streams=[STREAM],
+        ends={"i1": [9, 0]},
+    )
+    ended = LiveVersion("abc", definition, cast("VersionReads", None))
+    places = [AppliedPartition("i1", 0, 9, 9, 0, 1.0, None), AppliedPartition("i1", 1, 0, 0, 0, 1.0, None)]
+    freshness = Freshness(ended, Snapshot("abc", places, 1000.0))
+    assert (freshness.lag_events, freshness.lag_seconds) == (0, 0.0)
+
+
 def test_a_lag_grows_where_the_projector_is_gone() -> None:
     freshness = fresh(("i1", 0, 8, 9, 1.5, 900.0, None), ("i1", 1, 8, 8, 0, 990.0, None))
     assert (freshness.lag_events, freshness.lag_seconds) == (1, 101.5)

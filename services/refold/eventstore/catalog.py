@@ -9,6 +9,7 @@ after it, so that whoever looks can tell whose topic it is. All is owned by the 
 """
 
 import contextlib
+import datetime as dt
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Literal
@@ -340,6 +341,40 @@ async def stream_heads(
     async for stream, partition, head in cursor:
         heads.setdefault(stream, {})[partition] = head
     return heads
+
+
+async def positions_at(conn: AsyncConnection[Any], stream: Stream, moment: dt.datetime) -> list[int] | None:
+    """Return the last positions that were recorded until `moment`, in the order of the partitions.
+
+    None where `moment` hasn't passed by the store's clock. Otherwise the answer is final: it is read while no append is
+    under way, and what is appended later is recorded later.
+    """
+    async with conn.transaction(), _as_owner(conn, _store_roles(conn)["owner"]):
+        await _lock_heads(conn, stream)
+        cursor = await conn.execute(
+            "select head, recorded_at <= %(moment)s, clock_timestamp() > %(moment)s from refold.heads "
+            "where stream = %(stream)s order by partition",
+            {"moment": moment, "stream": stream.stream},
+        )
+        heads = await cursor.fetchall()
+    if not all(passed for _, _, passed in heads):
+        return None
+    # From here on nobody is held up. Up to `low` all is recorded until the moment, from `high` on nothing is.
+    low = [head if before else 0 for head, before, _ in heads]
+    high = [head + 1 if before else head for head, before, _ in heads]
+    step = sql.SQL(
+        "select partition, position, recorded_at <= %s from {} "
+        "where (partition, position) in (select * from unnest(%s::int[], %s::bigint[]))"
+    ).format(sql.Identifier(stream.schema, "events"))
+    while open_ := [partition for partition in range(len(heads)) if high[partition] - low[partition] > 1]:
+        middles = [(low[partition] + high[partition]) // 2 for partition in open_]
+        async with conn.transaction(), _as_owner(conn, _store_roles(conn)["owner"]):
+            found = await (await conn.execute(step, [moment, open_, middles])).fetchall()
+        if len(found) != len(open_):
+            raise EventStoreError(f"the stream {stream.namespace}/{stream.name} lacks events below its heads")
+        for partition, position, before in found:
+            (low if before else high)[partition] = position
+    return low
 
 
 def writer_role(conn: AsyncConnection[Any], stream: Stream) -> str:

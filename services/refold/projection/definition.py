@@ -4,13 +4,14 @@ The operator parses a resource's spec with `parse`, which refuses what can't wor
 stored in the read store as a `VersionDefinition`, from which projector and query service work without the cluster.
 """
 
+import datetime as dt
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, NamedTuple
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from refold.projection import cel
@@ -83,13 +84,22 @@ class FoldRule(_Model):
                 yield operation, column, source
 
 
+def _in_utc(moment: dt.datetime) -> dt.datetime:
+    return moment.astimezone(dt.UTC)
+
+
 class Definition(_Model):
-    """The part of a Projection's spec that decides which rows come out."""
+    """The part of a Projection's spec that decides which rows come out.
+
+    `as_of` (JSON: `asOf`) is the moment of which the read model is; None where it follows its streams.
+    """
 
     streams: Annotated[list[str], Field(min_length=1)]
     key: str = "subject"
     columns: Annotated[list[Column], Field(max_length=200)] = []
     fold: Annotated[list[FoldRule], Field(min_length=1, max_length=200)]
+    # in UTC, so that one moment is one version however it is written
+    as_of: Annotated[AwareDatetime, AfterValidator(_in_utc)] | None = Field(default=None, alias="asOf")
 
 
 class StreamRef(_Model):
@@ -104,10 +114,15 @@ class StreamRef(_Model):
 
 
 class VersionDefinition(_Model):
-    """What the read store's `versions.definition` holds, as JSON."""
+    """What the read store's `versions.definition` holds, as JSON.
+
+    `ends` has, where the definition is as of a moment, each stream's last positions until then: by incarnation, in the
+    order of the partitions. Nothing beyond them is folded.
+    """
 
     definition: Definition
     streams: list[StreamRef]
+    ends: dict[str, list[int]] = {}
 
     def to_json(self) -> str:
         """Return the JSON text for `versions.definition`."""
@@ -158,7 +173,8 @@ def parse(spec: Mapping[str, object]) -> Definition:
         InvalidDefinitionError: its form is wrong, or `check` found problems.
     """
     try:
-        definition = Definition.model_validate({name: spec[name] for name in Definition.model_fields if name in spec})
+        fields = [field.alias or name for name, field in Definition.model_fields.items()]
+        definition = Definition.model_validate({name: spec[name] for name in fields if name in spec})
     except ValidationError as error:
         raise InvalidDefinitionError([_malformed(details) for details in error.errors()]) from error
     if problems := check(definition):

@@ -4,7 +4,7 @@ The rule for each record of the topic: its position at or below the applied one 
 the event store is read first. All else follows from it: where reading begins in the topic is a hint only, and
 retention, recreated topics and wrong hints lose nothing.
 
-A partition is in one of four states:
+A partition is in one of these states:
 
     new        just assigned, or something went wrong: read its position from the read store, ask Kafka what the topic
                holds; the stored offset serves where it is of this topic and within it: tail; else backfill
@@ -13,6 +13,8 @@ A partition is in one of four states:
     tail       records come from the topic. A gap, or a head that stays beyond what the topic delivers: backfill
     stopped    too much is parked, or the event store lacks events: the reason stands in the read store; tried again
                every `_STOPPED_SECONDS`
+    done       of a version as of a moment, whose partitions have ends: all before its end is applied, from the event
+               store alone; the topic is never read
 
 What can't be known for sure (a connection lost in the middle of a transaction, another projector that has written) is
 never guessed: the partition becomes new again.
@@ -72,14 +74,17 @@ class State(Enum):
     BACKFILL = "backfill"
     TAIL = "tail"
     STOPPED = "stopped"
+    DONE = "done"
 
 
 class Partition:
     """An assigned partition and how far it is."""
 
-    def __init__(self, stream: StreamRef, number: int) -> None:
+    def __init__(self, stream: StreamRef, number: int, end: int | None = None) -> None:
         self.stream = stream
         self.number = number
+        #: The last position to apply; None where the version follows its streams.
+        self.end = end
         self.key = (stream.incarnation, number)
         self.place: Place = (stream.topic, number)
         self.label = f"{stream.namespace}/{stream.name}"
@@ -169,6 +174,7 @@ class Projector:
             return
         self._fold = compile_fold(definition.definition)
         self._streams = {stream.topic: stream for stream in definition.streams}
+        self._ends = definition.ends
         self._heads = Heads(self._settings.store_dsn.get_secret_value(), definition.streams)
         self._heads.start()
         self._consumer = TopicConsumer(
@@ -241,7 +247,8 @@ class Projector:
                     "The topic has a partition that its stream hasn't; it is left alone", topic=topic, partition=number
                 )
                 continue
-            self._partitions[topic, number] = Partition(stream, number)
+            end = self._ends[stream.incarnation][number] if self._ends else None
+            self._partitions[topic, number] = Partition(stream, number, end)
         log.info("Partitions assigned", partitions=[f"{topic}/{number}" for topic, number in places])
         self._watch()
 
@@ -287,7 +294,7 @@ class Projector:
             return
         found = self._rows.positions(one.key for one in fresh)
         parked, counts = self._rows.parked(one.key for one in fresh)
-        offsets = self._ask_kafka(fresh)
+        offsets = {} if self._ends else self._ask_kafka(fresh)
         for one in fresh:
             position = found.get(one.key)
             if position is None:
@@ -300,6 +307,9 @@ class Projector:
             one.target = 0
             one.moved_at, one.lagging = now, False
             one.resume_at = one.topic_id = one.offset = None
+            if one.end is not None:
+                one.target, one.state = one.end, State.BACKFILL
+                continue
             held = offsets.get(one.place)
             if held is not None:
                 one.topic_id = held.topic_id
@@ -407,7 +417,7 @@ class Projector:
         try:
             if one.target <= one.applied and not self._aim(one):
                 return
-            page = self._history.page(Page(one.stream, one.number, one.applied, limit))
+            page = self._history.page(_page(one, one.applied, limit))
         except HistoryUnavailableError as error:
             metrics.FAILURES.labels("eventstore").inc()
             log.warning("The event store doesn't answer", error=str(error))
@@ -423,7 +433,7 @@ class Projector:
             return
         after = page[-1].position if following is one else following.applied
         if after < following.target:
-            self._history.ask(Page(following.stream, following.number, after, limit))  # while this one is written
+            self._history.ask(_page(following, after, limit))  # while this one is written
         one.failures = 0
         one.offset = None
         self._write([Slice(one, page, None, "store")])
@@ -434,6 +444,9 @@ class Projector:
         Raises:
             HistoryUnavailableError: the heads can't be read.
         """
+        if one.end is not None:
+            one.state = State.DONE
+            return False
         # What comes in the topic after an end that was noted can't be older than a head that is read after it.
         # A little that was appended meanwhile comes from the topic; for much, a new end is noted and read up to.
         head = self._history.heads([one.stream.incarnation]).get(one.key, 0)
@@ -705,21 +718,22 @@ class Projector:
             seen = latest.get(one.key)
             if seen is None or one.state is State.NEW:
                 continue
-            lag = seen.lag_seconds if seen.head > one.applied else 0.0
-            metrics.LAG.labels(one.label, one.number).set(max(0, seen.head - one.applied))
+            head = seen.head if one.end is None else min(seen.head, one.end)
+            lag = seen.lag_seconds if head > one.applied else 0.0
+            metrics.LAG.labels(one.label, one.number).set(max(0, head - one.applied))
             metrics.LAG_SECONDS.labels(one.label, one.number).set(lag)
             if one.state is not State.STOPPED:
                 metrics.STOPPED.labels(one.label, one.number).set(0)
-            if one.seen != (seen.head, lag) or now - one.seen_at > _SEEN_SECONDS:
-                one.seen, one.seen_at = (seen.head, lag), now
-                changed.append(Seen(*one.key, seen.head, lag))
-            if seen.head <= one.applied:
+            if one.seen != (head, lag) or now - one.seen_at > _SEEN_SECONDS:
+                one.seen, one.seen_at = (head, lag), now
+                changed.append(Seen(*one.key, head, lag))
+            if head <= one.applied:
                 one.lagging = False
             elif not one.lagging:
                 one.lagging = True
                 one.moved_at = now
             elif one.state is State.TAIL and now - one.moved_at > _STALL_SECONDS:
-                self._stalled(one, seen.head)
+                self._stalled(one, head)
         if changed:
             self._rows.see(changed)
 
@@ -745,6 +759,13 @@ class Projector:
             if one is not None and one.offset is not None and one.offset != one.committed:
                 due[place] = one.committed = one.offset
         self._consumer.commit(due, wait=wait)
+
+
+def _page(one: Partition, after: int, limit: int) -> Page:
+    """Return the page after a position, which ends at the partition's end if it has one."""
+    if one.end is not None:
+        limit = min(limit, one.end - after)
+    return Page(one.stream, one.number, after, limit)
 
 
 def _remove(gauge: Any, partition: Partition) -> None:

@@ -45,7 +45,7 @@ class Freshness:
             unseen = max(0.0, self._now - p.seen_at)
             if p.head > p.position:
                 lag = max(lag, p.lag_seconds + unseen)
-            elif unseen > _UNSEEN_SECONDS:
+            elif unseen > _UNSEEN_SECONDS and not self.live.ended:
                 lag = max(lag, unseen)
         return round(lag, 3)
 

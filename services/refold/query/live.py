@@ -16,6 +16,8 @@ class LiveVersion:
     def __init__(self, version: str, definition: VersionDefinition, reads: VersionReads) -> None:
         self.version = version
         self.reads = reads
+        #: Whether it is of a moment, so that nothing is missing once all until then is applied.
+        self.ended = bool(definition.ends)
         #: What rows may be filtered and ordered by, where it has an index: the columns, and the key.
         self.comparable: dict[str, Column] = {
             KEY.name: KEY,

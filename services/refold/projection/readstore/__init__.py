@@ -118,6 +118,11 @@ class VersionStatus(msgspec.Struct, frozen=True):
         return sum(max(partition.head, partition.position) for partition in self.partitions)
 
     @property
+    def complete(self) -> bool:
+        """Whether all is applied up to the heads that are known; of a version as of a moment they are its ends."""
+        return all(partition.position >= partition.head for partition in self.partitions)
+
+    @property
     def stopped(self) -> list[str]:
         """Why partitions stand still; empty where none does."""
         return [partition.stopped for partition in self.partitions if partition.stopped]

@@ -447,7 +447,10 @@ async def _must_be_claimed(conn: AsyncConnection[Any], namespace: str, name: str
 
 
 async def _insert_version(conn: AsyncConnection[Any], schema: str, version: str, definition: VersionDefinition) -> bool:
-    """Store the definition and positions at 0; return whether the version is new."""
+    """Store the definition and positions at 0; return whether the version is new.
+
+    Where it has ends, they are the heads from the beginning: there is nothing else to see.
+    """
     text = definition.to_json()
     cursor = await conn.execute(
         sql.SQL("insert into {}.versions (version, definition) values (%s, %s) on conflict do nothing").format(
@@ -464,12 +467,14 @@ async def _insert_version(conn: AsyncConnection[Any], schema: str, version: str,
         )
         return False
     for stream in definition.streams:
+        heads = definition.ends.get(stream.incarnation, [None] * stream.partitions)
         await conn.execute(
             sql.SQL(
-                "insert into {}.positions (version, incarnation, partition) "
-                "select %s, %s, p from generate_series(0, %s - 1) p"
+                "insert into {}.positions (version, incarnation, partition, head, seen_at) "
+                "select %s, %s, number - 1, coalesce(head, 0), case when head is not null then now() end "
+                "from unnest(%s::bigint[]) with ordinality as ends (head, number)"
             ).format(sql.Identifier(schema)),
-            [version, stream.incarnation, stream.partitions],
+            [version, stream.incarnation, heads],
         )
     return True
 
