@@ -622,7 +622,7 @@ def _degraded(live: VersionStatus | None, problem: ReconcileError | None, failin
             "Degraded",
             "True",
             "EventsParked",
-            f"{live.parked} events failed and were set aside, or follow one that did (GET /v1/parked lists them); the "
+            f"{live.parked} events failed and were set aside, or follow one that did (kubectl refold parked list); the "
             f"first: {live.parked_error}",
         )
     if problem is not None and problem.reason not in PASSING:

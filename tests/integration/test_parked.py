@@ -1,19 +1,14 @@
 """Parked events, folded again or discarded over HTTP beside projectors that fold: each takes effect once, in order."""
 
-import json
 import random
-import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
-import psycopg
 import pytest
 from psycopg import AsyncConnection
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from refold.projection.definition import Column, Definition, FoldRule, VersionDefinition
+from refold.projection.definition import Column, Definition, FoldRule
 from refold.projection.fold import Parked, RowChange, compile_fold
 from refold.projection.readstore import Advance, MovedError, postgres
 from refold.projection.readstore.postgres_rows import PostgresRows
@@ -25,26 +20,22 @@ from refold.query.settings import Settings
 from hack.servers import Kafka
 from hack.servers.callers import tokens_file
 from tests import served
-from tests.projecting import CUSTOMERS, NAMESPACE, ORDERS, ReadModel, World, fold_orders, until
-from tests.served import Answer, Served
-
-TOKEN = "a-secret"
-#: What PostgreSQL can't hold in an index, which isn't part of a version: without the index it is good.
-NOTES = Definition(
-    streams=["orders"],
-    columns=[
-        Column(name="note", type="text", index=True),
-        Column(name="events", type="integer"),
-        Column(name="log", type="json"),
-    ],
-    fold=[
-        FoldRule(type="Noted", set={"note": "data.note"}),
-        *(
-            FoldRule(type=type_, add={"events": "1"}, append={"log": "event.revision"})
-            for type_ in ("Noted", "Counted")
-        ),
-    ],
+from tests.parking import (
+    NOTES,
+    TOKEN,
+    as_operator_makes_it,
+    ask,
+    drop_index,
+    filled,
+    kind,
+    listed,
+    make,
+    noted,
+    notes,
+    serve,
 )
+from tests.projecting import CUSTOMERS, NAMESPACE, ORDERS, World, fold_orders, until
+from tests.served import Answer, Served
 
 
 @pytest.fixture
@@ -53,84 +44,6 @@ async def world(database: str, kafka: Kafka) -> World:
     await world.install()
     await world.stream()
     return world
-
-
-@contextmanager
-def serve(model: ReadModel) -> Iterator[Served]:
-    """Serve the read model with the rights that the operator gives."""
-    database = conninfo_to_dict(model.world.dsn)["dbname"]
-    assert isinstance(database, str)
-    with psycopg.connect(model.world.dsn, autocommit=True):
-        _, login = postgres.logins(database, model.schema)
-    settings = Settings.model_validate(
-        {
-            "projection": f"{NAMESPACE}/{model.name}",
-            "readstore_dsn": make_conninfo(model.world.dsn, user=login, password="q" * 32),
-            "auth": tokens_file(TOKEN),
-        }
-    )
-    with served.serve(app(settings), TOKEN) as service:
-        yield service
-
-
-async def make(world: World, definition: Definition, name: str) -> ReadModel:
-    model = await world.projection(definition, name)
-    async with await AsyncConnection.connect(world.dsn, autocommit=True) as conn:
-        await postgres.ensure_logins(
-            conn, namespace=NAMESPACE, name=name, projector_password="p" * 32, query_password="q" * 32
-        )
-    return model
-
-
-def as_operator_makes_it(model: ReadModel) -> dict[str, Any]:
-    """Return the projector's settings with the login that the operator makes."""
-    database = conninfo_to_dict(model.world.dsn)["dbname"]
-    login, _ = postgres.logins(str(database), model.schema)
-    return {"readstore_dsn": make_conninfo(model.world.dsn, user=login, password="p" * 32)}
-
-
-async def drop_index(model: ReadModel) -> None:
-    columns = [column.model_copy(update={"index": False}) for column in model.definition.columns]
-    definition = VersionDefinition(
-        definition=model.definition.model_copy(update={"columns": columns}),
-        streams=[model.world.streams[name] for name in model.definition.streams],
-    )
-    async with await AsyncConnection.connect(model.world.dsn, autocommit=True) as conn:
-        await postgres.ensure_version(
-            conn, namespace=NAMESPACE, name=model.name, version=model.version, definition=definition
-        )
-
-
-def notes(world: World) -> dict[str, dict[str, Any]]:
-    """The reference of NOTES."""
-    rows: dict[str, dict[str, Any]] = {}
-    for log in world.events["orders"]:
-        for event in log:
-            row = rows.setdefault(event.subject, {"note": None, "events": 0, "log": []})
-            row["note"] = json.loads(bytes(event.data)).get("note", row["note"])
-            row["events"] += 1
-            row["log"].append(event.revision)
-    return rows
-
-
-def noted(subject: str, *, bad: bool = False) -> tuple[str, str, dict[str, Any]]:
-    """Return an event; a bad one can't be indexed."""
-    return (subject, "Noted", {"note": secrets.token_hex(4000)}) if bad else (subject, "Counted", {})
-
-
-def listed(service: Served, query: str = "") -> list[dict[str, Any]]:
-    answer = service.ask(f"/v1/parked{query}")
-    assert answer.status == 200, answer.body
-    return answer.json()["parked"]  # type: ignore[no-any-return]
-
-
-def ask(service: Served, verb: str, id_: object, query: str = "") -> Answer:
-    return service.ask(f"/v1/parked/{id_}:{verb}{query}", "POST", headers={"content-length": "0"})
-
-
-def kind(answer: Answer) -> tuple[int, str]:
-    """Return status and the end of the problem's type."""
-    return answer.status, answer.json()["type"].rsplit("/", 1)[1]
 
 
 async def test_a_row_is_folded_again_in_order_once_what_it_failed_by_is_gone(world: World) -> None:
@@ -252,22 +165,6 @@ def retry_all(service: Served, stop: threading.Event, seed: int, unexpected: lis
             answer = ask(service, "retry", id_)
             if answer.status not in (200, 404, 409, 503, 504):
                 unexpected.append(answer)
-
-
-async def filled(world: World, *, subjects: int) -> ReadModel:
-    """Return a read model in which a row of each subject is parked, and what it failed by is gone."""
-    model = await make(world, NOTES, "notes")
-    keys = [f"s{number}" for number in range(subjects)]
-    world.append([noted(key) for key in keys])
-    with model.projector():
-        model.wait()
-        world.append([noted(key, bad=number % 3 > 0) for number, key in enumerate(keys)])
-        world.append([noted(key) for key in keys])
-        model.wait()
-    assert model.rows() != notes(world)
-    assert len(model.parked()) == 2 * len([n for n in range(subjects) if n % 3 > 0])
-    await drop_index(model)
-    return model
 
 
 async def test_many_who_retry_at_once_beside_events_of_the_same_rows_have_each_take_effect_once(world: World) -> None:

@@ -12,6 +12,7 @@ import structlog
 import typer
 from pydantic import ValidationError
 
+from refold.cli import people
 from refold.setup import SetupError
 
 # Typer's own tracebacks show local variables, so secrets.
@@ -22,6 +23,7 @@ app = typer.Typer(
     help="Refold: event sourcing and CQRS on Kubernetes.",
 )
 
+_PROCESSES = "Processes, as the chart and the operator start them"
 
 _Auth = Annotated[
     str,
@@ -55,7 +57,7 @@ def _run(main: Callable[[], None]) -> None:
         raise typer.Exit(1) from error
 
 
-@app.command()
+@app.command(rich_help_panel=_PROCESSES)
 def eventstore(auth: _Auth = "kubernetes") -> None:
     """Serve the event store of one PostgreSQL database over HTTP."""
     from refold.eventstore.server import main
@@ -63,7 +65,7 @@ def eventstore(auth: _Auth = "kubernetes") -> None:
     _run(partial(main, auth))
 
 
-@app.command()
+@app.command(rich_help_panel=_PROCESSES)
 def relay() -> None:
     """Carry events from the event store to Kafka, exactly once and in order."""
     from refold.relay.main import main
@@ -71,7 +73,7 @@ def relay() -> None:
     _run(main)
 
 
-@app.command()
+@app.command(rich_help_panel=_PROCESSES)
 def projector() -> None:
     """Fold one version of a Projection from Kafka (and the event store) into its read store."""
     from refold.projection.main import main
@@ -79,7 +81,7 @@ def projector() -> None:
     _run(main)
 
 
-@app.command()
+@app.command(rich_help_panel=_PROCESSES)
 def query(auth: _Auth = "kubernetes") -> None:
     """Serve one Projection's read model over HTTP."""
     from refold.query.server import main
@@ -87,9 +89,13 @@ def query(auth: _Auth = "kubernetes") -> None:
     _run(partial(main, auth))
 
 
-@app.command()
+@app.command(rich_help_panel=_PROCESSES)
 def operator() -> None:
     """Reconcile EventStreams and Projections (needs a Kubernetes cluster)."""
     from refold_operator.main import main
 
     _run(main)
+
+
+app.add_typer(people.parked, name="parked")
+app.command()(people.log)
