@@ -47,7 +47,7 @@ unit: venv tools ## Tests without servers
 	$(PYTEST) tests/unit
 
 .PHONY: integration
-integration: venv servers ## Tests with real PostgreSQL and Kafka on 127.0.0.1
+integration: venv servers ## Tests with real PostgreSQL, Kafka and Redis on 127.0.0.1
 	$(PYTEST) tests/integration
 
 .PHONY: attack-briefly

@@ -33,10 +33,11 @@ from refold.eventstore import catalog
 from refold.partitioning import partition_of
 from refold.projection.definition import Column, Definition, FoldRule, StreamRef, VersionDefinition, version_of
 from refold.projection.projector import Projector
-from refold.projection.readstore import ProjectionStatus, postgres
+from refold.projection.readstore import ProjectionStatus, UnavailableError, postgres
 from refold.projection.settings import Settings
 
 from hack.servers import Kafka
+from tests.readstores import Store
 from tests.records import headers
 
 ROOT = Path(__file__).parents[1]
@@ -160,6 +161,14 @@ class World:
             found = await catalog.positions_at(conn, stream, moment)
             assert found is not None, "the moment hasn't passed"
             return found
+
+    async def projection_in(self, store: Store, definition: Definition, name: str) -> "StoredModel":
+        """A projection in a read store of any kind."""
+        refs = [self.streams[stream] for stream in definition.streams]
+        version = version_of(definition, refs)
+        stored = VersionDefinition(definition=definition, streams=refs)
+        await store.make(stored, namespace=NAMESPACE, name=name, version=version)
+        return StoredModel(self, store, name, version, definition)
 
     def store(self, events: Sequence[tuple[str, str, dict[str, Any]]], name: str = "orders") -> list[Event]:
         """Write (subject, type, data) to the event store, and return the events."""
@@ -343,6 +352,45 @@ class ReadModel:
 
     def parked(self) -> list[tuple[str | None, int, str]]:
         return self.execute("select key, position, error from {schema}.parked order by position, key")  # type: ignore[return-value]
+
+
+class StoredModel(ReadModel):
+    """A version in a read store of any kind, seen through the store's own interface."""
+
+    def __init__(self, world: World, store: Store, name: str, version: str, definition: Definition) -> None:
+        super().__init__(world, name, version, definition)
+        self.store = store
+
+    def settings(self, **options: Any) -> Settings:
+        return super().settings(**{"readstore_dsn": self.store.url} | options)
+
+    async def read(self) -> dict[str, dict[str, Any]]:
+        """All rows; json as it is parsed."""
+        types = {column.name: column.type for column in self.definition.columns}
+        rows = self.store.rows(namespace=NAMESPACE, name=self.name, version=self.version)
+        found = rows.read(await self.store.keys(namespace=NAMESPACE, name=self.name), list(types))
+        rows.close()
+        return {
+            key: {
+                name: json.loads(value, parse_float=Decimal) if value is not None and types[name] == "json" else value
+                for name, value in row.items()
+            }
+            for key, row in found.items()
+        }
+
+    def applied(self) -> dict[tuple[str, int], int]:
+        streams = [self.world.streams[name] for name in self.definition.streams]
+        partitions = [(one.incarnation, partition) for one in streams for partition in range(one.partitions)]
+        try:
+            rows = self.store.rows(namespace=NAMESPACE, name=self.name, version=self.version)
+            found = rows.positions(partitions)
+            rows.close()
+        except UnavailableError:
+            return {}
+        return {place: one.position for place, one in found.items()}
+
+    async def status(self) -> ProjectionStatus:
+        return await self.store.admin.status(namespace=NAMESPACE, name=self.name)
 
 
 class Process:

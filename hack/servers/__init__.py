@@ -1,4 +1,4 @@
-"""Private PostgreSQL and Kafka servers on 127.0.0.1, for tests and benchmarks.
+"""Private PostgreSQL, Kafka and Redis servers on 127.0.0.1, for tests and benchmarks.
 
 Real servers with durability on (fsync, synchronous_commit), each with a data folder and a free port of its own, started
 as child processes so that a test can kill, stop and restart them. `hack/servers/install.sh` brings what they need.
@@ -6,5 +6,6 @@ as child processes so that a test can kill, stop and restart them. `hack/servers
 
 from hack.servers.kafka import Kafka, SecuredKafka
 from hack.servers.postgres import Postgres
+from hack.servers.redis import Redis
 
-__all__ = ["Kafka", "Postgres", "SecuredKafka"]
+__all__ = ["Kafka", "Postgres", "Redis", "SecuredKafka"]

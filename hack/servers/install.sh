@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what hack/servers runs (PostgreSQL, a JDK, Maven, openssl) and what bench loads it with (pgbench, wrk), where it is
+# Installs what hack/servers runs (PostgreSQL, Redis, a JDK, Maven, openssl) and what bench loads it with (pgbench, wrk), where it is
 # missing: Debian or Ubuntu as root; elsewhere it says what to install.
 set -euo pipefail
 
@@ -9,6 +9,7 @@ command -v java >/dev/null || missing+=(default-jdk-headless)
 command -v mvn >/dev/null || missing+=(maven)
 command -v pgbench >/dev/null || missing+=(postgresql)
 command -v wrk >/dev/null || missing+=(wrk)
+command -v redis-server >/dev/null || missing+=(redis-server)
 command -v openssl >/dev/null || missing+=(openssl)
 [ ${#missing[@]} -eq 0 ] && exit 0
 

@@ -1,14 +1,16 @@
-"""Real servers for the tests: one PostgreSQL and one Kafka a session, a fresh database a test."""
+"""Real servers for the tests: one PostgreSQL, Kafka and Redis a session, a fresh database a test."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import psycopg
 import pytest
 
-from hack.servers import Kafka, Postgres
+from hack.servers import Kafka, Postgres, Redis
+from tests.readstores import Store
 
 _numbers = itertools.count(1)
+_databases = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +38,24 @@ def kafka() -> Iterator[Kafka]:
     broker.start()
     yield broker
     broker.remove()
+
+
+@pytest.fixture(scope="session")
+def redis() -> Iterator[Redis]:
+    """A Redis server; a test that kills it starts it again."""
+    server = Redis()
+    server.start()
+    yield server
+    server.remove()
+
+
+@pytest.fixture(params=["postgres", "redis"])
+async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
+    """A read store of each kind, empty."""
+    if request.param == "redis":
+        found = Store(request.getfixturevalue("redis").url(next(_databases)))
+    else:
+        found = Store(request.getfixturevalue("database"))
+    await found.open()
+    yield found
+    await found.close()

@@ -1,7 +1,8 @@
-"""The PostgreSQL read store: random definitions and batches leave the rows of a plain fold, and of nothing else."""
+"""Every read store: random definitions and batches leave the rows of a plain fold, and of nothing else."""
 
 import datetime as dt
 import itertools
+import json
 from decimal import Decimal
 from typing import Any
 
@@ -14,38 +15,22 @@ from refold import names
 from refold.projection.definition import Definition, StreamRef, VersionDefinition, parse
 from refold.projection.fold import Parked, RowChange, Stamp, compile_fold
 from refold.projection.readstore import Advance, MovedError, postgres
-from refold.projection.readstore.postgres_rows import PostgresRows
 
 from tests.folding import Reference, definitions, events_of, steps
+from tests.readstores import Store
 
 _numbers = itertools.count(1)
 
 
-@pytest.fixture
-async def store(database: str) -> str:
-    async with await AsyncConnection.connect(database, autocommit=True) as conn:
-        await postgres.install(conn)
-    return database
-
-
-async def folded(dsn: str, definition: Definition, history: list[Any], *, several: bool) -> tuple[Any, Reference]:
+async def folded(store: Store, definition: Definition, history: list[Any], *, several: bool) -> tuple[Any, Reference]:
     """Fold into a version of its own; return its rows and the reference."""
     name = f"p{next(_numbers)}"
     streams = [
         StreamRef(namespace="n", name=stream, incarnation=stream * 8, partitions=2, topic=stream, schema=stream)
         for stream in ("aa", "bb")
     ]
-    async with await AsyncConnection.connect(dsn, autocommit=True) as conn:
-        await postgres.claim_projection(conn, namespace="n", name=name, uid=name)
-        await postgres.ensure_version(
-            conn,
-            namespace="n",
-            name=name,
-            version="v",
-            definition=VersionDefinition(definition=definition, streams=streams),
-        )
-    rows = PostgresRows(dsn, namespace="n", name=name, version="v")
-    rows.open()
+    await store.make(VersionDefinition(definition=definition, streams=streams), name=name)
+    rows = store.rows(name=name)
     compiled, reference, parked = compile_fold(definition), Reference(definition, several=several), Parked()
     applied: dict[tuple[str, int], int] = {}
     keys = {event.subject for _, event, _ in events_of(history, several=several)}
@@ -65,16 +50,16 @@ async def folded(dsn: str, definition: Definition, history: list[Any], *, severa
             applied |= reached
             before = rows.read(keys, compiled.reads) if compiled.reads else None
             batch, reached = compiled.batch(parked, before), {}
+    types = {column.name: column.type for column in definition.columns}
+    found = {
+        key: {
+            name: json.loads(value, parse_float=Decimal) if value is not None and types[name] == "json" else value
+            for name, value in row.items()
+        }
+        for key, row in rows.read(await store.keys(name=name), list(types)).items()
+    }
     rows.close()
-    columns = ["key", *(column.name for column in definition.columns)]
-    with psycopg.connect(dsn) as connection:
-        table = psycopg.sql.Identifier(names.read_schema("n", name), "rows_v")
-        found = connection.execute(
-            psycopg.sql.SQL("select {} from {}").format(
-                psycopg.sql.SQL(", ").join(map(psycopg.sql.Identifier, columns)), table
-            )
-        )
-        return {row[0]: dict(zip(columns[1:], row[1:], strict=True)) for row in found}, reference
+    return found, reference
 
 
 #: A shorter example would take minutes to be found.
@@ -90,7 +75,7 @@ HISTORY = st.lists(steps, min_size=10, max_size=40)
 @RANDOM
 @given(definition=definitions(several=False), history=HISTORY)
 async def test_rows_fed_by_one_partition_equal_the_plain_fold(
-    store: str, definition: Definition, history: list[Any]
+    store: Store, definition: Definition, history: list[Any]
 ) -> None:
     rows, reference = await folded(store, definition, history, several=False)
     assert rows == reference.rows
@@ -99,22 +84,18 @@ async def test_rows_fed_by_one_partition_equal_the_plain_fold(
 @RANDOM
 @given(definition=definitions(several=True), history=HISTORY)
 async def test_rows_fed_by_several_partitions_equal_the_plain_fold(
-    store: str, definition: Definition, history: list[Any]
+    store: Store, definition: Definition, history: list[Any]
 ) -> None:
     rows, reference = await folded(store, definition, history, several=True)
     assert rows == reference.rows
 
 
-async def applied(dsn: str, spec: dict[str, Any], *batches: RowChange) -> dict[str, dict[str, Any]]:
+async def applied(store: Store, spec: dict[str, Any], *batches: RowChange) -> dict[str, dict[str, Any]]:
     """Apply changes, each in a batch of its own, and return the rows."""
     definition = parse({"streams": ["aa"], **spec})
     streams = [StreamRef(namespace="n", name="aa", incarnation="a" * 16, partitions=1, topic="a", schema="a")]
-    async with await AsyncConnection.connect(dsn, autocommit=True) as conn:
-        await postgres.claim_projection(conn, namespace="n", name="p", uid="p")
-        version = VersionDefinition(definition=definition, streams=streams)
-        await postgres.ensure_version(conn, namespace="n", name="p", version="v", definition=version)
-    rows = PostgresRows(dsn, namespace="n", name="p", version="v")
-    rows.open()
+    await store.make(VersionDefinition(definition=definition, streams=streams))
+    rows = store.rows()
     for number, change in enumerate(batches):
         rows.apply([change], [], [Advance("a" * 16, 0, number, number + 1, None, None, None)])
     columns = [column.name for column in definition.columns]
@@ -124,7 +105,7 @@ async def applied(dsn: str, spec: dict[str, Any], *batches: RowChange) -> dict[s
     return found
 
 
-async def test_a_row_that_is_made_anew_begins_with_the_defaults(store: str) -> None:
+async def test_a_row_that_is_made_anew_begins_with_the_defaults(store: Store) -> None:
     spec = {
         "columns": [
             {"name": "a", "type": "text", "default": "'x'", "nullable": False},
@@ -147,7 +128,7 @@ async def test_a_row_that_is_made_anew_begins_with_the_defaults(store: str) -> N
     }
 
 
-async def test_rows_fed_by_several_partitions_begin_with_the_defaults(store: str) -> None:
+async def test_rows_fed_by_several_partitions_begin_with_the_defaults(store: Store) -> None:
     spec = {
         "key": "data.k",
         "columns": [
@@ -176,7 +157,7 @@ async def test_rows_fed_by_several_partitions_begin_with_the_defaults(store: str
     }
 
 
-async def test_rows_that_were_written_after_they_were_read_are_not_overwritten(store: str) -> None:
+async def test_rows_that_were_written_after_they_were_read_are_not_overwritten(store: Store) -> None:
     """As by one who takes up a parked event, which moves no position."""
     definition = parse(
         {
@@ -186,13 +167,8 @@ async def test_rows_that_were_written_after_they_were_read_are_not_overwritten(s
         }
     )
     streams = [StreamRef(namespace="n", name="aa", incarnation="a" * 16, partitions=1, topic="a", schema="a")]
-    async with await AsyncConnection.connect(store, autocommit=True) as conn:
-        await postgres.claim_projection(conn, namespace="n", name="p", uid="p")
-        version = VersionDefinition(definition=definition, streams=streams)
-        await postgres.ensure_version(conn, namespace="n", name="p", version="v", definition=version)
-    one, other = (PostgresRows(store, namespace="n", name="p", version="v") for _ in range(2))
-    one.open()
-    other.open()
+    await store.make(VersionDefinition(definition=definition, streams=streams))
+    one, other = store.rows(), store.rows()
     stays = [Advance("a" * 16, 0, 0, 0, None, None, None)]
     reads = ["n", "l"]
     for known, change in [({}, {"n": 2, "l": "[1]"}), ({"k": {"n": 2, "l": "[1]"}}, {"n": 4, "l": "[1, 2]"})]:
@@ -207,7 +183,7 @@ async def test_rows_that_were_written_after_they_were_read_are_not_overwritten(s
     other.close()
 
 
-async def test_a_table_tells_its_defaults_and_what_is_never_null(store: str) -> None:
+async def test_a_table_tells_its_defaults_and_what_is_never_null(database: str) -> None:
     columns = {
         "text": r"'ü\'\\'", "integer": "-9223372036854775808", "numeric": "2.50", "boolean": "true",
         "timestamp": "'2026-01-01T00:00:00Z'", "json": "{'a': [1, 2.50]}",
@@ -222,7 +198,8 @@ async def test_a_table_tells_its_defaults_and_what_is_never_null(store: str) -> 
             "fold": [{"type": "T", "delete": True}],
         }
     )
-    async with await AsyncConnection.connect(store, autocommit=True) as conn:
+    async with await AsyncConnection.connect(database, autocommit=True) as conn:
+        await postgres.install(conn)
         await postgres.claim_projection(conn, namespace="n", name="p", uid="p")
         version = VersionDefinition(definition=definition, streams=[])
         await postgres.ensure_version(conn, namespace="n", name="p", version="v", definition=version)

@@ -265,6 +265,14 @@ def single_partition(definition: Definition) -> bool:
     return len(definition.streams) == 1 and cel.check(definition.key).fast == "event.subject"
 
 
+def stamped(definition: Definition) -> list[str]:
+    """Return the columns that have the stamp of who set them beside them, in the order of their declaration."""
+    if single_partition(definition):
+        return []
+    set_somewhere = {column for rule in definition.fold for column in rule.set}
+    return [column.name for column in definition.columns if column.name in set_somewhere]
+
+
 def _check_columns(definition: Definition) -> Iterator[Problem]:
     for position, stream in enumerate(definition.streams):
         if stream in definition.streams[:position]:

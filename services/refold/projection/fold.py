@@ -74,6 +74,9 @@ from refold.projection.values import (
 #: Sums of numeric values (at most 100 digits before and 199 after the point) never need more than this.
 _SUM = Context(prec=400, Emax=MAX_EMAX, Emin=MIN_EMIN, traps=[Inexact, InvalidOperation, Overflow])
 
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+_MICROSECOND = dt.timedelta(microseconds=1)
+
 
 class Stamp(NamedTuple):
     """Which event set a column; of two, the greater one wins."""
@@ -82,6 +85,12 @@ class Stamp(NamedTuple):
     incarnation: str
     partition: int
     position: int
+
+    @property
+    def text(self) -> str:
+        """The stamp as text that is ordered, byte by byte, as stamps are."""
+        micros = (self.recorded_at - _EPOCH) // _MICROSECOND
+        return f"{micros:017d}{self.incarnation}{self.partition:05d}{self.position:016d}"
 
 
 class RowChange(msgspec.Struct):

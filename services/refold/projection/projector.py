@@ -40,7 +40,7 @@ from refold.projection import metrics, parking
 from refold.projection.backfill import Heads, History, HistoryUnavailableError, Page, wait_a_little
 from refold.projection.consumer import KafkaUnavailableError, Offsets, Place, TopicConsumer
 from refold.projection.definition import StreamRef, VersionDefinition
-from refold.projection.fold import Parked, ParkedEvent, compile_fold
+from refold.projection.fold import Batch, Parked, ParkedEvent, compile_fold
 from refold.projection.readstore import Advance, MovedError, NotFoundError, RefusedError, Seen, UnavailableError, stores
 from refold.projection.settings import Settings
 from refold.projection.throttle import LOOK_SECONDS, Throttle
@@ -478,7 +478,7 @@ class Projector:
     # -- writing ----------------------------------------------------------------------------------------------------
 
     def _write(self, slices: Sequence[Slice]) -> None:
-        """Fold and write slices in one transaction; in several where an event is refused.
+        """Fold and write slices in one transaction; in several where an event is refused, or for the store's bound.
 
         Raises:
             UnavailableError: the read store failed; nothing is known of the batch.
@@ -495,29 +495,47 @@ class Projector:
             return
         began = time.monotonic()
         self._beat = began
-        reads = self._fold.reads
-        before = self._rows.read({event.subject for one in slices for event in one.events}, reads) if reads else None
-        batch = self._fold.batch(self._parked, before)
-        for one in slices:
-            batch.fold(one.partition.stream.incarnation, one.events)
+        batch, slices, rest = self._folded(slices)
+        if _too_large(batch, slices, self._rows.most_rows):
+            for part in (*_halves(slices), rest):
+                self._write(part)
+            return
         over = parking.stops(batch.parked, self._parked_counts, self._settings.parked_limit)
         if over:
             self._write(_before(slices, over))
             for one in slices:
                 if one.partition.key in over:
                     self._too_many(one.partition, over[one.partition.key])
+            self._write(rest)
             return
         try:
             self._apply(slices, batch.changes.values(), batch.parked)
         except RefusedError as error:
             if sum(len(one.events) for one in slices) == 1:
                 self._park(slices[0], list(batch.changes), batch.parked, str(error))
-                return
-            first, second = _halves(slices)
-            self._write(first)
-            self._write(second)
-            return
-        metrics.BATCH_SECONDS.observe(time.monotonic() - began)
+            else:
+                for part in _halves(slices):
+                    self._write(part)
+        else:
+            metrics.BATCH_SECONDS.observe(time.monotonic() - began)
+        self._write(rest)
+
+    def _folded(self, slices: Sequence[Slice]) -> tuple[Batch, Sequence[Slice], Sequence[Slice]]:
+        """Return a batch of the first events, as many as the store writes at once, their slices, and the rest."""
+        reads, most = self._fold.reads, self._rows.most_rows
+        rest: Sequence[Slice] = []
+        if most is not None:  # so many events can't change more rows, but where one has several keys
+            slices, rest = _parted(slices, most)
+        before = self._rows.read({event.subject for one in slices for event in one.events}, reads) if reads else None
+        batch = self._fold.batch(self._parked, before)
+        for one in slices:
+            batch.fold(one.partition.stream.incarnation, one.events)
+        while rest and most is not None and not reads and (room := most - len(batch.changes)) > most // 10:
+            more, rest = _parted(rest, room)
+            for one in more:
+                batch.fold(one.partition.stream.incarnation, one.events)
+            slices = _joined([*slices, *more])
+        return batch, slices, rest
 
     def _apply(self, slices: Sequence[Slice], changes: Iterable[Any], parked: Sequence[ParkedEvent]) -> None:
         advances = [
@@ -775,9 +793,30 @@ def _remove(gauge: Any, partition: Partition) -> None:
         return
 
 
+def _too_large(batch: Batch, slices: Sequence[Slice], most_rows: int | None) -> bool:
+    """Return whether a batch has more rows than the store writes at once, and more events than one."""
+    return most_rows is not None and len(batch.changes) > most_rows and sum(len(one.events) for one in slices) > 1
+
+
+def _joined(slices: Sequence[Slice]) -> list[Slice]:
+    """Return slices with what follows each other in a partition made one."""
+    found: dict[Place, Slice] = {}
+    for one in slices:
+        known = found.get(one.partition.place)
+        if known is None:
+            found[one.partition.place] = one
+        else:
+            found[one.partition.place] = Slice(one.partition, known.events + one.events, one.offset, one.source)
+    return list(found.values())
+
+
 def _halves(slices: Sequence[Slice]) -> tuple[list[Slice], list[Slice]]:
     """Return slices of two or more events as two parts of about the same number of events, in order."""
-    left = sum(len(one.events) for one in slices) // 2
+    return _parted(slices, sum(len(one.events) for one in slices) // 2)
+
+
+def _parted(slices: Sequence[Slice], left: int) -> tuple[list[Slice], list[Slice]]:
+    """Return slices as two parts, in order, the first of which has `left` events (or all, where there are no more)."""
     first: list[Slice] = []
     second: list[Slice] = []
     for one in slices:

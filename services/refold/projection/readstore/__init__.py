@@ -193,6 +193,10 @@ class Rows(Protocol):
     then nothing is known of a batch under way, and the next call connects anew.
     """
 
+    @property
+    def most_rows(self) -> int | None:
+        """How many rows a batch of several events may change; None: any number."""
+
     def close(self) -> None:
         """Close the connection."""
 

@@ -24,7 +24,7 @@ from refold.projection.definition import (
     Definition,
     VersionDefinition,
     default_of,
-    single_partition,
+    stamped,
 )
 from refold.projection.readstore import (
     ConflictError,
@@ -129,14 +129,6 @@ def default_literal(column: Column) -> sql.Composed:
 def stamp_column(column: str) -> str:
     """Return the hidden column with the stamp of the event that set `column`, in rows fed by several partitions."""
     return f"~{column}"
-
-
-def stamped(definition: Definition) -> list[str]:
-    """Return the columns that have a stamp beside them, in the order of their declaration."""
-    if single_partition(definition):
-        return []
-    set_somewhere = {column for rule in definition.fold for column in rule.set}
-    return [column.name for column in definition.columns if column.name in set_somewhere]
 
 
 async def install(conn: AsyncConnection[Any]) -> None:

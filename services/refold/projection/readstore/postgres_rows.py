@@ -34,7 +34,7 @@ from psycopg import sql
 from psycopg.rows import class_row
 
 from refold import names
-from refold.projection.definition import ColumnType, VersionDefinition, default_of, merges, single_partition
+from refold.projection.definition import ColumnType, VersionDefinition, default_of, merges, single_partition, stamped
 from refold.projection.fold import Parked, ParkedEvent, RowChange, Stamp
 from refold.projection.readstore import (
     Advance,
@@ -46,7 +46,7 @@ from refold.projection.readstore import (
     Seen,
     UnavailableError,
 )
-from refold.projection.readstore.postgres import TYPES, default_literal, rows_table, stamp_column, stamped
+from refold.projection.readstore.postgres import TYPES, default_literal, rows_table, stamp_column
 from refold.projection.readstore.postgres_parked import PostgresParked
 from refold.projection.unparking import Entry, ParkedRow, Settled
 from refold.projection.values import Value
@@ -69,12 +69,12 @@ _JOINS = {
     "max": "greatest(r.{0}, excluded.{0})",
 }
 _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
-_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
-_MICROSECOND = dt.timedelta(microseconds=1)
 
 
 class PostgresRows:
     """One version of a projection in PostgreSQL, over one connection; the methods are those of `Rows`."""
+
+    most_rows = None
 
     def __init__(self, dsn: str, *, namespace: str, name: str, version: str) -> None:
         """Remember where the version is; nothing is connected yet. `dsn` is of the projection's projector login."""
@@ -524,11 +524,7 @@ _TEXT: dict[ColumnType, Callable[[Value], str]] = {
 
 
 def _stamp(stamp: Stamp | None) -> str:
-    """Return a stamp as text that is ordered, byte by byte, as stamps are."""
-    if stamp is None:
-        return "\\N"
-    micros = (stamp.recorded_at - _EPOCH) // _MICROSECOND
-    return f"{micros:017d}{stamp.incarnation}{stamp.partition:05d}{stamp.position:016d}"
+    return "\\N" if stamp is None else stamp.text
 
 
 def _copy_text(lines: list[str]) -> bytes:
