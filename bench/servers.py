@@ -16,7 +16,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from refold.eventstore.catalog import Stream
 
-from hack.servers import Kafka, Postgres
+from hack.servers import Kafka, Postgres, Redis
 from hack.servers.platform import Broker, Database, Platform
 
 #: Partitions of the streams, as in the examples.
@@ -90,6 +90,14 @@ class Servers:
         self._cleaning.callback(broker.remove)
         broker.start()
         return broker
+
+    @functools.cached_property
+    def redis(self) -> Redis:
+        """A Redis with an append-only file that is synced every second, always an own one."""
+        server = Redis()
+        self._cleaning.callback(server.remove)
+        server.start()
+        return server
 
     @functools.cached_property
     def limit(self) -> str:

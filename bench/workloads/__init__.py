@@ -15,6 +15,7 @@ from bench.workloads import (
     many_streams,
     query,
     rebuild,
+    rebuild_redis,
     relay,
     relay_latency,
     takeover,
@@ -55,6 +56,7 @@ WORKLOADS = {
     "fold": Workload(fold.fold, 200_000),
     "rebuild": Workload(rebuild.rebuild, 500_000),
     "rebuild-topic": Workload(rebuild.rebuild_topic, 500_000),
+    "rebuild-redis": Workload(rebuild_redis.rebuild_redis, 500_000),
     "query": Workload(query.query, 50_000),
     "end-to-end": Workload(end_to_end.end_to_end, 2_000, 10_000),
 }

@@ -21,6 +21,7 @@ from refold import names
 from refold.eventstore import catalog, roles
 from refold.projection import definition as definitions
 from refold.projection.readstore import postgres as readstore
+from refold.projection.readstore.redis import RedisStore
 
 from hack.servers.callers import TOKEN, tokens_file
 from hack.servers.process import Process, free_port
@@ -153,11 +154,21 @@ class Platform:
         admin = AdminClient({"bootstrap.servers": self.kafka.bootstrap})
         admin.delete_topics([stream.topic])[stream.topic].result(30)
 
-    def projection(self, namespace: str, name: str, spec: dict[str, Any], streams: list[catalog.Stream]) -> str:
-        """Make a projection's version in the read store and its logins; return the version."""
-        return asyncio.run(self._projection(namespace, name, spec, streams))
+    def projection(
+        self,
+        namespace: str,
+        name: str,
+        spec: dict[str, Any],
+        streams: list[catalog.Stream],
+        *,
+        redis: str | None = None,
+    ) -> str:
+        """Make a projection's version in the read store (or the Redis at a URL) and its logins; return the version."""
+        return asyncio.run(self._projection(namespace, name, spec, streams, redis))
 
-    async def _projection(self, namespace: str, name: str, spec: dict[str, Any], streams: list[catalog.Stream]) -> str:
+    async def _projection(
+        self, namespace: str, name: str, spec: dict[str, Any], streams: list[catalog.Stream], redis: str | None
+    ) -> str:
         definition = definitions.parse(spec)
         refs = [
             definitions.StreamRef(
@@ -168,13 +179,19 @@ class Platform:
         ]  # fmt: skip
         version = definitions.version_of(definition, refs)
         stored = definitions.VersionDefinition(definition=definition, streams=refs)
-        async with await self._admin(self._read) as conn:
-            await readstore.claim_projection(conn, namespace=namespace, name=name, uid=f"{namespace}/{name}")
-            await readstore.ensure_version(conn, namespace=namespace, name=name, version=version, definition=stored)
-            await readstore.ensure_logins(
-                conn, namespace=namespace, name=name,
-                projector_password=self._password, query_password=self._password,
-            )  # fmt: skip
+        if redis is None:
+            async with await self._admin(self._read) as conn:
+                await readstore.claim_projection(conn, namespace=namespace, name=name, uid=f"{namespace}/{name}")
+                await readstore.ensure_version(conn, namespace=namespace, name=name, version=version, definition=stored)
+                await readstore.ensure_logins(
+                    conn, namespace=namespace, name=name,
+                    projector_password=self._password, query_password=self._password,
+                )  # fmt: skip
+        else:
+            store = RedisStore(redis)
+            await store.claim(namespace=namespace, name=name, uid=f"{namespace}/{name}")
+            await store.ensure_version(namespace=namespace, name=name, version=version, definition=stored)
+            await store.close()
         async with await self._admin(self._store) as conn:
             readers = [catalog.reader_role(conn, stream) for stream in streams]
             role = names.resource_role(self._store, names.read_schema(namespace, name), "projector")
@@ -194,7 +211,7 @@ class Platform:
         return Service(self, "relay", **{**default, **settings})
 
     def projector(self, namespace: str, name: str, version: str, **settings: str) -> "Service":
-        """Return a projector of one version, not yet started."""
+        """Return a projector of one version, not yet started; of a Redis with its URL as REFOLD_READSTORE_DSN."""
         schema = names.read_schema(namespace, name)
         default = {
             "REFOLD_PROJECTION": f"{namespace}/{name}",
