@@ -18,6 +18,7 @@ from refold_operator.kafka import Kafka
 from refold_operator.pace import Paces
 from refold_operator.projection import Surroundings
 from refold_operator.readstore import ReadStore
+from refold_operator.redis import RedisReadStores
 from refold_operator.resources import FINALIZER
 from refold_operator.settings import Settings
 from refold_operator.status import Condition, Status, conditions, find, merge_patch, only_numbers_changed
@@ -41,6 +42,7 @@ class Controller:
         cluster: Cluster,
         store: Store,
         readstore: ReadStore,
+        redis: RedisReadStores,
         kafka: Kafka,
         access: Access,
         installation: Installation,
@@ -50,6 +52,7 @@ class Controller:
         self._cluster = cluster
         self._store = store
         self._readstore = readstore
+        self._redis = redis
         self._kafka = kafka
         self._access = access
         self._installation = installation
@@ -128,6 +131,7 @@ class Controller:
             cluster=self._cluster,
             store=self._store,
             readstore=self._readstore,
+            redis=self._redis,
             image=Image(self._settings.image, self._settings.image_pull_policy),
             delegation=self._delegation,
             brokers=self._brokers,

@@ -20,6 +20,7 @@ from refold_operator.installation import Installation
 from refold_operator.kafka import Kafka
 from refold_operator.numbers import watch_numbers
 from refold_operator.readstore import ReadStore
+from refold_operator.redis import RedisReadStores
 from refold_operator.settings import Settings
 from refold_operator.store import Store
 
@@ -54,13 +55,14 @@ async def run(settings: Settings) -> None:
     for brokers in (settings.brokers(), settings.projectors()):
         if brokers is not None:
             kafka.end_when_changed(brokers)
+    redis = RedisReadStores(cluster)
     topics = Kafka(settings.brokers())
     access = Access(settings, topics)
     installation = Installation(
         namespace=settings.namespace, cluster=cluster, store=store, readstore=readstore, access=access
     )
     controller = Controller(
-        settings, cluster=cluster, store=store, readstore=readstore, kafka=topics, access=access,
+        settings, cluster=cluster, store=store, readstore=readstore, redis=redis, kafka=topics, access=access,
         installation=installation,
     )  # fmt: skip
     pulse = _Pulse()
@@ -94,6 +96,7 @@ async def run(settings: Settings) -> None:
         finally:
             await store_database.close()
             await read_database.close()
+            await redis.close()
             await cluster.close()
     _log.info("stopped")
 

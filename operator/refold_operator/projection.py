@@ -24,7 +24,13 @@ from refold.eventstore.errors import EventStoreError
 from refold.kafka import Brokers, CredentialsError
 from refold.projection import definition as definitions
 from refold.projection.definition import StreamRef, VersionDefinition
-from refold.projection.readstore import ConflictError, ProjectionStatus, ReadStoreError, VersionStatus
+from refold.projection.readstore import (
+    ConflictError,
+    ProjectionStatus,
+    ReadStoreError,
+    UnavailableError,
+    VersionStatus,
+)
 
 from refold_operator import children, cluster, credentials
 from refold_operator.access import Access
@@ -35,6 +41,7 @@ from refold_operator.errors import ForbiddenError, ReconcileError, UnreachableEr
 from refold_operator.kafka import TopicRefusedError
 from refold_operator.pace import Paces
 from refold_operator.readstore import ReadStore
+from refold_operator.redis import RedisReadStore, RedisReadStores
 from refold_operator.resources import REBUILD_ANNOTATION, TAKE_OVER_ANNOTATION, Projection
 from refold_operator.status import Condition, ConditionStatus, Status
 from refold_operator.store import Store
@@ -56,13 +63,16 @@ class Surroundings:
     """What a reconcile works with.
 
     Attributes:
+        readstore: the projection's own; until it is known (`_at_its_readstore`), the installation's.
+        redis: where those are whose read store is a Redis.
         paces: how fast versions are being built, as seen by the reconciles before.
         key: the installation's key of passwords, None until the installation has read it.
     """
 
     cluster: Cluster
     store: Store
-    readstore: ReadStore
+    readstore: ReadStore | RedisReadStore
+    redis: RedisReadStores
     image: Image
     delegation: Delegation
     brokers: Brokers
@@ -130,6 +140,7 @@ async def reconcile(projection: Projection, around: Surroundings) -> Result:
     state = ProjectionStatus(live=None, versions={})
     deployments: Mapping[str, Object] = {}
     try:
+        around = await _at_its_readstore(projection, around)
         state = await _claim(projection, around)
         try:
             version, wanted = await _wanted(projection, around)
@@ -174,6 +185,7 @@ async def finalize(projection: Projection, around: Surroundings) -> None:
         ReconcileError: a backend is away or refuses; to be tried again.
     """
     namespace, name = projection.metadata.namespace, projection.metadata.name
+    around = await _at_its_readstore(projection, around)
     with _cluster_errors():
         # The garbage collector would come for them only after the Projection is gone, and they hold tables and logins.
         for kind in ("Deployment", "Service", "Secret", "ServiceAccount"):
@@ -201,6 +213,14 @@ async def finalize(projection: Projection, around: Surroundings) -> None:
             ) from error
 
 
+async def _at_its_readstore(projection: Projection, around: Surroundings) -> Surroundings:
+    """Return the surroundings with the Projection's own read store."""
+    if projection.spec.read_store.type == "postgres":
+        return around
+    with _cluster_errors(), _readstore_errors():
+        return dataclasses.replace(around, readstore=await around.redis.of(projection))
+
+
 async def _wanted(projection: Projection, around: Surroundings) -> tuple[str, VersionDefinition]:
     """Return the version that the spec asks for, and what it folds."""
     try:
@@ -218,7 +238,7 @@ async def _wanted(projection: Projection, around: Surroundings) -> tuple[str, Ve
         for stream in streams
     ]  # fmt: skip
     rebuild = projection.metadata.annotations.get(REBUILD_ANNOTATION, "")
-    version = definitions.version_of(definition, refs, rebuild=rebuild)
+    version = definitions.version_of(definition, refs, read_store=projection.spec.read_store.type, rebuild=rebuild)
     ends = {} if definition.as_of is None else await _ends(projection, around, version, streams, definition.as_of)
     return version, VersionDefinition(definition=definition, streams=refs, ends=ends)
 
@@ -691,6 +711,8 @@ def _readstore_errors() -> Iterator[None]:
         yield
     except UnreachableError as error:
         raise ReconcileError("Ready", "ReadStoreUnreachable", str(error)) from error
+    except UnavailableError as error:
+        raise ReconcileError("Ready", "ReadStoreUnreachable", f"the read store: {error}") from error
     except ConflictError as error:
         advice = f"if that one is gone for good, annotate this one with {TAKE_OVER_ANNOTATION}=<uid>"
         raise ReconcileError("Ready", "Conflict", f"{error} ({advice})") from error

@@ -92,10 +92,24 @@ class Processes(_Model):
     resources: dict[str, dict[str, str | int]] = {}
 
 
+class SecretReference(_Model):
+    """The name of a Secret in the resource's namespace."""
+
+    name: str
+
+
+class ReadStoreChoice(_Model):
+    """`spec.readStore` of a Projection; Redis has a connection, PostgreSQL is the installation's."""
+
+    type: Literal["postgres", "redis"] = "postgres"
+    connection_ref: SecretReference | None = Field(default=None, alias="connectionRef")
+
+
 class ProjectionSpec(_Model):
     """The parts of a Projection's `spec` that aren't its definition (`refold.projection.definition` has that)."""
 
     streams: list[str]
+    read_store: ReadStoreChoice = Field(default=ReadStoreChoice(), alias="readStore")
     projector: Processes = Processes()
     query: Processes = Processes()
     keep_previous: Duration = Field(default=dt.timedelta(hours=1), alias="keepPrevious", validate_default=False)

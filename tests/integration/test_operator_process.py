@@ -18,12 +18,13 @@ from typing import Any, TypeVar
 import httpx
 import psycopg
 import pytest
+import redis
 import yaml
 from kubernetes.aio import client, config
 from refold_operator.cluster import Cluster
 from refold_operator.delegation import Account, Delegation
 
-from hack.servers import Kafka, Postgres
+from hack.servers import Kafka, Postgres, Redis
 from hack.servers.process import Process, free_port
 from tests.integration import kubernetes_api
 from tests.integration.kubernetes_api import ApiServer
@@ -248,6 +249,10 @@ RULES = [{"type": "OrderPlaced", "set": {"status": "'placed'"}}]
         (projection("default", fold=[{**RULES[0], "when": ""}]), "spec.fold[0].when"),
         (projection("default", projector={"replicas": -1}), "spec.projector.replicas"),
         (projection("default", query={"replicas": 1000}), "spec.query.replicas"),
+        (projection("default", readStore={"type": "mongo"}), "spec.readStore.type"),
+        (projection("default", readStore={"type": "redis"}), "spec.readStore"),
+        (projection("default", readStore={"connectionRef": {"name": "a"}}), "spec.readStore"),
+        (projection("default", readStore={"type": "redis", "connectionRef": {"name": "A b"}}), "connectionRef.name"),
         (projection("default", keepPrevious="1 day"), "spec.keepPrevious"),
         (projection("default", keepPrevious="721h"), "spec.keepPrevious"),
         (projection("default", asOf="yesterday"), "spec.asOf"),
@@ -275,6 +280,8 @@ def test_the_api_server_refuses_a_bad_spec_and_names_the_field(
         event_stream("default", events=[{"name": "Any"}, {"name": "Never", "schema": False}]),
         event_stream("default", events=[{"name": "n" * 255, "schema": {"$ref": "#/$defs/a", "$defs": {"a": {}}}}]),
         projection("default", "p" * 40),
+        projection("default", readStore={"type": "redis", "connectionRef": {"name": "orders.redis-1"}}),
+        projection("default", readStore={}),
         projection("default", keepPrevious="0s"),
         projection("default", asOf=PAST),
         projection("default", asOf="2026-01-31T23:59:59.123456+02:00", ttl="24h"),
@@ -337,6 +344,44 @@ def test_a_projection_waits_for_its_stream_and_serves(api: ApiServer, namespace:
     )
     assert scale["status"]["replicas"] == 1
     assert version in scale["status"]["selector"]
+
+
+def test_a_projection_in_redis_is_built_swapped_and_dropped_there(api: ApiServer, namespace: str) -> None:
+    server = Redis()
+    server.start()
+    connection = redis.Redis.from_url(server.url())
+    url = base64.b64encode(server.url().encode()).decode()
+    secret = {
+        "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "my-redis", "namespace": namespace},
+        "data": {"url": url},
+    }  # fmt: skip
+    store = {"type": "redis", "connectionRef": {"name": "my-redis"}}
+    columns = [{"name": "status", "type": "text", "index": True}]
+    try:
+        api.apply(event_stream(namespace), projection(namespace, readStore=store))
+        becomes(api, "projection", namespace, "status", "False", "SecretMissing")
+        api.apply({**secret, "data": {"uri": url}})
+        becomes(api, "projection", namespace, "status", "False", "SecretInvalid")
+        api.apply(secret)
+        until(lambda: serves(api, namespace))
+        version = live(api, namespace)
+        for child in ("status-query", f"status-projector-{version}"):
+            assert api.get("secret", child, "-n", namespace)["data"]["readstore-dsn"] == url
+        with pytest.raises(RuntimeError, match="can't be changed"):
+            api.apply(projection(namespace))
+        api.apply(projection(namespace, readStore=store, columns=columns))
+        rule = {**RULES[0], "when": "true"}
+        api.apply(projection(namespace, readStore=store, fold=[rule], columns=columns))
+        until(lambda: live(api, namespace) != version)
+        until(lambda: serves(api, namespace))
+        assert {one.decode() for one in connection.hkeys(f"refold:{namespace}.status:definitions")} == {
+            version, live(api, namespace),
+        }  # fmt: skip
+        api.kubectl("delete", "projection", "status", "-n", namespace, "--timeout=30s")
+        assert connection.keys() == []
+    finally:
+        connection.close()
+        server.remove()
 
 
 def delegates(api: ApiServer) -> set[tuple[str, str]]:

@@ -155,6 +155,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "networkPolicy.apiServerPorts": ([8443], EMBEDDED),
     "networkPolicy.postgresEgress": ([{"ports": [{"port": 5433}]}], EXTERNAL),
     "networkPolicy.kafkaEgress": ([{"ports": [{"port": 9093}]}], EXTERNAL),
+    "networkPolicy.redisEgress": ([{"ports": [{"port": 6380}]}], EXTERNAL),
     "networkPolicy.metricsFrom": ([{"namespaceSelector": {}}], EMBEDDED),
     "embedded.enabled": (True, EXTERNAL),
     "embedded.postgres.image": ("my/postgres:15", EMBEDDED),

@@ -4,7 +4,7 @@ import datetime as dt
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import celpy
 import pytest
@@ -125,7 +125,7 @@ def test_printer_columns_show_fields_that_exist() -> None:
 
 
 def test_the_definitions_model_has_the_projections_fields() -> None:
-    own = {"projector", "query", "keepPrevious", "ttl", "deletionPolicy"}
+    own = {"readStore", "projector", "query", "keepPrevious", "ttl", "deletionPolicy"}
     assert set(schema("Projection", "spec")["properties"]) - own == aliases(Definition)
     assert set(schema("Projection", "spec", "columns", "[]")["properties"]) == set(Column.model_fields)
     assert set(schema("Projection", "spec", "fold", "[]")["properties"]) == set(FoldRule.model_fields)
@@ -142,8 +142,13 @@ def test_the_operators_models_have_the_resources_fields() -> None:
     assert aliases(resources.Topic) == set(schema("EventStream", "spec", "topic")["properties"])
     assert aliases(resources.Processes) == set(schema("Projection", "spec", "projector")["properties"])
     assert aliases(resources.Processes) == set(schema("Projection", "spec", "query")["properties"])
-    own = {"projector", "query", "keepPrevious", "asOf", "ttl", "deletionPolicy"}
+    own = {"readStore", "projector", "query", "keepPrevious", "asOf", "ttl", "deletionPolicy"}
     assert aliases(resources.ProjectionSpec) - {"streams"} == own
+    store = schema("Projection", "spec", "readStore")
+    assert aliases(resources.ReadStoreChoice) == set(store["properties"])
+    assert aliases(resources.SecretReference) == set(store["properties"]["connectionRef"]["properties"])
+    assert store["default"] == {"type": resources.ReadStoreChoice().type}
+    assert set(store["properties"]["type"]["enum"]) == set(get_args(resources.ReadStoreChoice.__annotations__["type"]))
 
 
 def test_the_rule_allows_the_topic_configs_that_the_operator_manages() -> None:
