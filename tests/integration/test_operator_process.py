@@ -8,6 +8,8 @@ import base64
 import datetime as dt
 import itertools
 import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -749,6 +751,37 @@ def test_the_annotation_rebuilds_with_the_same_definition_and_tells_how_far_it_i
     positions.execute("delete from {schema}.parked")
     api.kubectl("annotate", "projection", "status", "refold.dev/rebuild-", "-n", namespace)
     until(lambda: live(api, namespace) == former)
+
+
+def test_the_command_rebuilds_and_tells_how_it_ended(api: ApiServer, namespace: str, positions: Positions) -> None:
+    def command() -> "subprocess.Popen[str]":
+        program = "from refold.cli.main import app; app()"
+        return subprocess.Popen(
+            [sys.executable, "-c", program, "rebuild", "status", "-n", namespace],
+            env={**os.environ, "KUBECONFIG": str(api.kubeconfig)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    missing = command()
+    assert "find the Projection" in missing.communicate(timeout=60)[1]
+    assert missing.returncode == 1
+    api.apply(event_stream(namespace), projection(namespace))
+    until(lambda: serves(api, namespace))
+    former = live(api, namespace)
+    positions.reach(former, 10)
+    failing = command()
+    wrong = building(api, namespace)
+    positions.park(wrong)
+    shown, _ = failing.communicate(timeout=60)
+    assert failing.returncode == 1
+    assert "no field x" in shown
+    assert live(api, namespace) == former
+    going = command()
+    version = building(api, namespace, but=wrong)
+    positions.reach(version, 10)
+    shown, _ = going.communicate(timeout=60)
+    assert going.returncode == 0
+    assert shown.splitlines()[-1] == f"readers see {version}"
 
 
 def now(seconds: float = 0) -> str:

@@ -99,3 +99,4 @@ def operator() -> None:
 
 app.add_typer(people.parked, name="parked")
 app.command()(people.log)
+app.command()(people.rebuild)

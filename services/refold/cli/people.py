@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from refold.cli import shown
+from refold.cli import rebuilding, shown
 from refold.cli.reach import RefusedError, UnreachableError, Way
 from refold.cli.shown import Output
 
@@ -172,6 +172,18 @@ def log(
         ["REVISION", "TIME", "TYPE", "ID", "DATA"],
         ((one["revision"], one["time"], one["type"], one["id"], one["data"]) for one in found["events"]),
     )
+
+
+def rebuild(
+    projection: _Projection,
+    wait: Annotated[bool, typer.Option(help="Show how far it is until readers see it.")] = True,
+    namespace: _Namespace = None,
+    context: _Context = None,
+) -> None:
+    """Build a read model anew from the same definition; the live version serves meanwhile."""
+    with _told():
+        if not rebuilding.rebuild(_way(None, None, None, context, namespace, None), projection, wait=wait):
+            raise typer.Exit(1)
 
 
 def _settle(client: Any, verb: str, ids: list[int], version: str | None, output: Output) -> None:

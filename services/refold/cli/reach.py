@@ -26,6 +26,7 @@ _ANSWER_SECONDS = 30
 #: Seconds that a token which is made for a command is good; the API makes none for less.
 _TOKEN_SECONDS = 600
 _EVENT_STORE = "refold-eventstore"
+_PROJECTIONS = ("refold.dev", "v1alpha1")
 
 #: Numbers stay as they were sent.
 decode = msgspec.json.Decoder(float_hook=Decimal).decode
@@ -71,7 +72,7 @@ class Way:
             return self.namespace
         if self.url is not None:
             return "default"
-        return _cluster(self).namespace
+        return cluster(self).namespace
 
     def to_query(self, projection: str) -> "Client":
         """Return a client of a Projection's query service.
@@ -103,7 +104,7 @@ class Way:
             if token is None:
                 raise UnreachableError("with --url a token is needed: --token-file FILE, or the variable REFOLD_TOKEN")
             return Client(f"{service} at {self.url}", self._direct, parts.path.rstrip("/"), token)
-        cluster = _cluster(self)
+        api = cluster(self)
         if token is None:
             if self.service_account is None:
                 raise UnreachableError(
@@ -111,8 +112,8 @@ class Way:
                     "shows; you need the right to create serviceaccounts/token), or a token by --token-file FILE or "
                     "the variable REFOLD_TOKEN"
                 )
-            token = cluster.token(self.in_namespace(), self.service_account)
-        return Client(f"the Service {namespace}/{service}", lambda: cluster.connection(namespace, service), "", token)
+            token = api.token(self.in_namespace(), self.service_account)
+        return Client(f"the Service {namespace}/{service}", lambda: api.connection(namespace, service), "", token)
 
     def _direct(self) -> http.client.HTTPConnection:
         parts = urlsplit(self.url or "")
@@ -198,6 +199,7 @@ class _Cluster:
                 ) from error
         settings.retries = 1
         self._api = client.CoreV1Api(client.ApiClient(settings))
+        self._custom = client.CustomObjectsApi(client.ApiClient(settings))
 
     def token(self, namespace: str, account: str) -> str:
         """Return a token of a ServiceAccount for the audience of Refold."""
@@ -245,6 +247,26 @@ class _Cluster:
         connection.sock = sock
         return connection
 
+    def projection(self, namespace: str, name: str) -> dict[str, Any]:
+        """Return a Projection."""
+        found: dict[str, Any] = self._call(
+            f"find the Projection {namespace}/{name}",
+            lambda: self._custom.get_namespaced_custom_object(
+                *_PROJECTIONS, namespace, "projections", name, _request_timeout=_ANSWER_SECONDS
+            ),
+        )
+        return found
+
+    def annotate_projection(self, namespace: str, name: str, annotations: Mapping[str, str]) -> None:
+        """Set annotations of a Projection."""
+        self._call(
+            f"annotate the Projection {namespace}/{name}",
+            lambda: self._custom.patch_namespaced_custom_object(
+                *_PROJECTIONS, namespace, "projections", name, {"metadata": {"annotations": dict(annotations)}},
+                _request_timeout=_ANSWER_SECONDS,
+            ),
+        )  # fmt: skip
+
     def _call(self, what: str, call: Any) -> Any:
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
@@ -264,7 +286,12 @@ class _Cluster:
 _clusters: dict[str | None, _Cluster] = {}
 
 
-def _cluster(way: Way) -> _Cluster:
+def cluster(way: Way) -> _Cluster:
+    """Return the Kubernetes API on `way`.
+
+    Raises:
+        UnreachableError: there is no way to it.
+    """
     if way.context not in _clusters:
         _clusters[way.context] = _Cluster(way.context)
     return _clusters[way.context]
