@@ -1,4 +1,4 @@
-"""docs/metrics.md names the metrics that event store and relay have, and no others."""
+"""docs/metrics.md names the metrics that event store, relay and projector have, and no others."""
 
 import importlib
 import re
@@ -11,6 +11,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
 MODULES = {
     "Event store": ["refold.eventstore.metrics", "refold.web.app", "refold.web.auth.reviews"],
     "Relay": ["refold.relay.metrics"],
+    "Projector": ["refold.projection.metrics"],
 }
 
 
