@@ -54,6 +54,7 @@ class StoreConnection(AsyncConnection[Any]):
         self._prepared_calls: set[bytes] = set()
         self._listening: tuple[asyncio.AbstractEventLoop, int] | None = None  # which tells `_arrived`, of which socket
         self._answered: asyncio.Future[None] | None = None  # a call that waits for its result
+        self._looking: asyncio.TimerHandle | None = None  # when it looks itself
 
     async def call(self, name: bytes, query: bytes, parameters: Sequence[bytes | None]) -> PGresult:
         """Run `query`, prepared as `name` on first use, and return its result in the binary format.
@@ -96,11 +97,11 @@ class StoreConnection(AsyncConnection[Any]):
         loop = asyncio.get_running_loop()
         self._listen(loop)
         self._answered = loop.create_future()
-        looking = loop.call_later(_LOOK_SECONDS, self._look, loop)
+        self._looking = loop.call_later(_LOOK_SECONDS, self._look, loop)
         try:
             await self._answered
         finally:
-            looking.cancel()
+            self._looking.cancel()
             self._answered = None
 
     def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -118,8 +119,7 @@ class StoreConnection(AsyncConnection[Any]):
         self._arrived()
         if waiting is not None and not waiting.done():
             self._listen(loop)
-            again = loop.call_later(_LOOK_SECONDS, self._look, loop)
-            waiting.add_done_callback(lambda _: again.cancel())
+            self._looking = loop.call_later(_LOOK_SECONDS, self._look, loop)
 
     def _arrived(self) -> None:
         """Take what has come; also where nobody waits for it, such as the server's last words."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import msgspec
+from pydantic import ValidationError
 
 from refold.projection.definition import Column, ColumnType, VersionDefinition
 from refold.projection.fold import Parked, ParkedEvent, RowChange
@@ -49,6 +50,21 @@ class TooSlowError(UnavailableError):
 
 class UnreadableError(UnavailableError):
     """The read store holds what this release of Refold doesn't read; the message is for callers."""
+
+
+def live_definition(version: str, text: str | bytes) -> VersionDefinition:
+    """Return the definition of the live `version`, which a read store keeps as `text`.
+
+    Raises:
+        UnreadableError: it isn't one that this release reads.
+    """
+    try:
+        return VersionDefinition.from_json(text)
+    except ValidationError as error:
+        raise UnreadableError(
+            f"the definition of the live version {version} isn't one that this release of Refold reads; it was "
+            "made by a later one, with which this service has to be upgraded too"
+        ) from error
 
 
 class PartitionStatus(msgspec.Struct, frozen=True):

@@ -15,7 +15,6 @@ import msgspec
 import psycopg
 from psycopg import errors, sql
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
-from pydantic import ValidationError
 
 from refold import names
 from refold.projection.definition import Column, ColumnType, VersionDefinition
@@ -29,7 +28,7 @@ from refold.projection.readstore import (
     Snapshot,
     TooSlowError,
     UnavailableError,
-    UnreadableError,
+    live_definition,
 )
 from refold.projection.readstore.postgres import rows_table
 from refold.projection.readstore.postgres_parked import PostgresParkedReads
@@ -119,13 +118,7 @@ class PostgresReads:
         if not rows or rows[0][0] is None:
             return None
         version, definition = rows[0]
-        try:
-            return version, VersionDefinition.from_json(definition)
-        except ValidationError as error:
-            raise UnreadableError(
-                f"the definition of the live version {version} isn't one that this release of Refold reads; it was "
-                "made by a later one, with which this service has to be upgraded too"
-            ) from error
+        return version, live_definition(version, definition)
 
     def version(self, name: str, definition: VersionDefinition) -> "PostgresVersion":
         """Return what reads the version."""

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from pydantic import ValidationError
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -21,7 +20,7 @@ from refold.projection.readstore import (
     Snapshot,
     TooSlowError,
     UnavailableError,
-    UnreadableError,
+    live_definition,
 )
 from refold.projection.readstore import redis_scripts as scripts
 from refold.projection.readstore.redis import TIMEOUT_SECONDS, pairs, partition_of, prefix, script, seen_of
@@ -69,13 +68,7 @@ class RedisReads:
         if not found or found[1] is None:
             return None
         version = found[0].decode()
-        try:
-            return version, VersionDefinition.from_json(found[1])
-        except ValidationError as error:
-            raise UnreadableError(
-                f"the definition of the live version {version} isn't one that this release of Refold reads; it was "
-                "made by a later one, with which this service has to be upgraded too"
-            ) from error
+        return version, live_definition(version, found[1])
 
     def version(self, name: str, definition: VersionDefinition) -> "RedisVersion":
         """Return what reads the version."""
