@@ -11,10 +11,12 @@ from collections.abc import Sequence
 import httpx
 import uvloop
 from refold.eventstore.catalog import Stream
+from refold.partitioning import partition_of
 
 from bench.appending import check_heads
+from bench.following import AHEAD, Followers
 from bench.orders import OrderEvent
-from bench.relaying import Readers, running_relay
+from bench.relaying import running_relay
 from bench.result import Comparison, Run
 from bench.servers import PARTITIONS, Servers
 from bench.waiting import until
@@ -50,6 +52,7 @@ class _Store:
         self._servers = servers
         self._streams = servers.streams(count)
         self._sent = 0
+        self._followers = Followers(servers.kafka.bootstrap)
 
     def run(self, events: Sequence[OrderEvent]) -> Run:
         """Send the events; the first ones, one a stream, go before and aren't counted: all is at work then."""
@@ -59,11 +62,11 @@ class _Store:
             store = started(self._servers)
             running.callback(store.stop)
             relay = running.enter_context(running_relay(self._servers))
-            reader = running.enter_context(Readers(self._servers.kafka.bootstrap, self._streams))
-            uvloop.run(_send(store.url, self._streams, first, [b"{}"] * len(first), at_once=8))
+            reader = running.enter_context(self._followers)
+            uvloop.run(_send(store.url, self._streams, first, [b"{}"] * len(first), reader, at_once=8))
             until(lambda: reader.seen.keys() >= set(first), "each stream's first event is read", log=relay.log)
             data = [event.data for event in events]
-            seconds, begun = uvloop.run(_send(store.url, self._streams, ids, data, rate=_RATE))
+            seconds, begun = uvloop.run(_send(store.url, self._streams, ids, data, reader, rate=_RATE))
             until(lambda: reader.seen.keys() >= set(ids), "all events are read", log=relay.log)
             rss = {"eventstore": _rss(store), "relay": _rss(relay)}
         self._sent += len(first) + len(ids)
@@ -76,12 +79,17 @@ class _Store:
 
 
 async def _send(
-    url: str, streams: Sequence[Stream], ids: Sequence[str], data: Sequence[bytes], *, rate: float | None = None,
-    at_once: int = 100,
+    url: str, streams: Sequence[Stream], ids: Sequence[str], data: Sequence[bytes], reader: Followers, *,
+    rate: float | None = None, at_once: int = 100,
 ) -> tuple[float, dict[str, float]]:  # fmt: skip
     """Append an event for each id, to the streams by turns, `rate` a second; return seconds, and when each began."""
     begun: dict[str, float] = {}
     free = asyncio.Semaphore(at_once)
+
+    def announce(number: int) -> None:
+        if number < len(ids):
+            stream = streams[number % len(streams)]
+            reader.announce(stream.topic, partition_of(ids[number], stream.partitions))
 
     async def send(client: httpx.AsyncClient, number: int) -> None:
         stream, id_ = streams[number % len(streams)], ids[number]
@@ -97,9 +105,14 @@ async def _send(
 
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
     async with httpx.AsyncClient(base_url=url, trust_env=False, headers=headers, timeout=60) as client:
+        ahead = len(ids) if rate is None else int(AHEAD * rate)
+        for number in range(ahead):
+            announce(number)
+        await asyncio.sleep(AHEAD)
         start = time.perf_counter()
         async with asyncio.TaskGroup() as sending:
             for number in range(len(ids)):
+                announce(number + ahead)
                 if rate is not None:
                     await asyncio.sleep(start + number / rate - time.perf_counter())
                 sending.create_task(send(client, number))
