@@ -100,8 +100,12 @@ def projector(
     brokers: kafka.Brokers,
     secret: Manifest,
     runs: bool = True,
+    installed: str | None = None,
 ) -> Manifest:
-    """Return the Deployment of one version's projectors; without any where it doesn't run."""
+    """Return the Deployment of one version's projectors; without any where it doesn't run.
+
+    `installed` tells an image that isn't Refold's own which Refold it has to go together with.
+    """
     env = [
         {"name": "REFOLD_PROJECTION", "value": f"{owner.metadata.namespace}/{owner.metadata.name}"},
         {"name": "REFOLD_VERSION", "value": version},
@@ -110,6 +114,8 @@ def projector(
         _from_secret("REFOLD_READSTORE_DSN", secret, "readstore-dsn"),
         {"name": "REFOLD_PORT", "value": str(PORT)},
     ]
+    if installed is not None:
+        env.append({"name": "REFOLD_INSTALLED", "value": installed})
     return _deployment(
         owner, names.projector_name(owner.metadata.name, version), "projector", _labels(owner, "projector", version),
         processes=owner.spec.projector if runs else owner.spec.projector.model_copy(update={"replicas": 0}),

@@ -15,6 +15,7 @@ from typing import Any
 
 import psycopg
 import pydantic
+import refold
 import structlog
 from confluent_kafka import KafkaException
 from refold import names
@@ -23,7 +24,7 @@ from refold.eventstore.errors import ConflictError as StoreConflictError
 from refold.eventstore.errors import EventStoreError
 from refold.kafka import Brokers, CredentialsError
 from refold.projection import definition as definitions
-from refold.projection.definition import StreamRef, VersionDefinition
+from refold.projection.definition import Handler, StreamRef, VersionDefinition
 from refold.projection.readstore import (
     ConflictError,
     ProjectionStatus,
@@ -332,9 +333,11 @@ async def _apply(
         secret = children.projector_secret(
             projection, version, store_dsn=store_dsn, readstore_dsn=logins.projector, kafka_files=kafka_files
         )
+        handler = folded[version].definition.handler
         deployment = children.projector(
-            projection, version, image=around.image, brokers=around.brokers, secret=secret, runs=version not in finished
-        )
+            projection, version, image=projector_image(projection, handler, around.image), brokers=around.brokers,
+            secret=secret, runs=version not in finished, installed=None if handler is None else refold.__version__,
+        )  # fmt: skip
         wanted += [secret, deployment]
     with _cluster_errors():
         there = {
@@ -358,6 +361,21 @@ async def _apply(
         # Only now: an account of this name that isn't the Projection's would have been refused.
         await around.delegation.give(Account(namespace, names.query_name(name)))
     return {child_name: child for (kind, child_name), child in there.items() if kind == "Deployment"}
+
+
+def projector_image(projection: Projection, handler: Handler | None, installed: Image) -> Image:
+    """Return what the projectors of a version run: Refold's own image, or its handler's.
+
+    Where the spec's handler is the same code, its image is taken as the spec names it now: it may stand elsewhere.
+    """
+    if handler is None:
+        return installed
+    try:
+        wanted = Handler.model_validate(projection.definition.get("handler"))
+    except pydantic.ValidationError:  # the version was made of another definition
+        wanted = handler
+    name = wanted.image if wanted.code == handler.code else handler.image
+    return Image(name, installed.pull_policy)
 
 
 async def _apply_one(

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import celpy
 import pytest
 import yaml
-from refold.projection.definition import OPERATIONS, Column, ColumnType, Definition, FoldRule
+from refold.projection.definition import OPERATIONS, Column, ColumnType, Definition, FoldRule, Handler
 from refold_operator import eventstream, resources
 
 BAD_DURATIONS = ["", "1", "1d", "-1h", "1.5h", "1h 30m", "30m1h", "1H", "h"]
@@ -129,6 +129,13 @@ def test_the_definitions_model_has_the_projections_fields() -> None:
     assert set(schema("Projection", "spec")["properties"]) - own == aliases(Definition)
     assert set(schema("Projection", "spec", "columns", "[]")["properties"]) == set(Column.model_fields)
     assert set(schema("Projection", "spec", "fold", "[]")["properties"]) == set(FoldRule.model_fields)
+    handler = schema("Projection", "spec", "handler")
+    assert set(handler["properties"]) == set(Handler.model_fields)
+    keys = handler["properties"]["keys"]
+    assert (tuple(keys["enum"]), keys["default"]) == (
+        get_args(Handler.model_fields["keys"].annotation),
+        Handler.model_fields["keys"].default,
+    )
     assert schema("Projection", "spec", "columns", "[]", "type")["enum"] == [str(each) for each in ColumnType]
 
 
@@ -202,6 +209,53 @@ def test_durations_are_what_the_schema_lets_pass(text: str, seconds: int | None)
 )
 def test_rules_refuse_what_cannot_work(path: str, value: dict[str, Any], *, allowed: bool) -> None:
     (rule,) = schema("Projection", "spec", path, "[]")["x-kubernetes-validations"]
+    assert allows(rule["rule"], value) is allowed
+
+
+def allows(rule: str, value: dict[str, Any]) -> bool:
     environment = celpy.Environment()
-    program = environment.program(environment.compile(rule["rule"]))
-    assert bool(program.evaluate({"self": celpy.json_to_cel(value)})) is allowed
+    program = environment.program(environment.compile(rule))
+    return bool(program.evaluate({"self": celpy.json_to_cel(value)}))
+
+
+DIGEST = "sha256:" + "0a" * 32
+
+
+@pytest.mark.parametrize(
+    ("handler", "allowed"),
+    [
+        ({"image": "registry/acme:1"}, False),
+        ({"image": "registry/acme:1", "version": "1"}, True),
+        ({"image": f"registry/acme@{DIGEST}"}, True),
+        ({"image": f"registry/acme@{DIGEST[:-1]}"}, False),
+        ({"image": f"registry/acme@{DIGEST}0"}, False),
+    ],
+)
+def test_the_schema_takes_the_images_that_the_model_takes(handler: dict[str, Any], *, allowed: bool) -> None:
+    (rule,) = schema("Projection", "spec", "handler")["x-kubernetes-validations"]
+    assert allows(rule["rule"], handler) is allowed
+    model = Handler(function="m:f", **handler)
+    assert (model.digest is not None or model.version is not None) is allowed
+
+
+@pytest.mark.parametrize(
+    ("spec", "allowed"),
+    [
+        ({"key": "subject", "fold": []}, True),
+        ({"key": "subject", "handler": {}}, True),
+        ({"key": "data.k", "fold": []}, True),
+        ({"key": "data.k", "handler": {}}, False),
+        ({"key": "subject", "fold": [], "handler": {}}, False),
+        ({"key": "subject"}, False),
+    ],
+)
+def test_a_projection_has_either_a_fold_or_a_handler(spec: dict[str, Any], *, allowed: bool) -> None:
+    rules = [rule["rule"] for rule in schema("Projection", "spec")["x-kubernetes-validations"]]
+    about = [rule for rule in rules if "handler" in rule]
+    assert len(about) == 2
+    assert all(allows(rule, spec) for rule in about) is allowed
+
+
+def test_the_schema_takes_the_functions_that_the_model_takes() -> None:
+    (pattern,) = [found.pattern for found in Handler.model_fields["function"].metadata if hasattr(found, "pattern")]
+    assert schema("Projection", "spec", "handler", "function")["pattern"] == pattern

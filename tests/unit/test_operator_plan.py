@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import refold
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import ValidationError
 from refold import kafka
 from refold.eventstore.catalog import Stream
+from refold.projection.definition import Handler
 from refold.projection.readstore import PartitionStatus, ProjectionStatus, VersionStatus
 from refold_operator import children, credentials, dsn, eventstream, projection, resources
 from refold_operator.children import Image
@@ -285,6 +287,36 @@ class TestManifests:
             "REFOLD_PORT": "8080",
         }
         assert manifest["metadata"]["name"] == "status-projector-abc"
+
+    def test_a_handlers_image_is_told_which_refold_it_has_to_go_together_with(self) -> None:
+        secret = children.projector_secret(owner(), "abc", store_dsn="a", readstore_dsn="b", kafka_files={})
+        image = Image("registry/acme:1", "Always")
+        made = children.projector(
+            owner(), "abc", image=image, brokers=BROKERS, secret=secret, installed=refold.__version__
+        )
+        (container,) = made["spec"]["template"]["spec"]["containers"]
+        (plain,) = projector(owner())["spec"]["template"]["spec"]["containers"]
+        installed = {"name": "REFOLD_INSTALLED", "value": refold.__version__}
+        assert container == {
+            **plain, "image": "registry/acme:1", "imagePullPolicy": "Always", "env": [*plain["env"], installed]
+        }, "the same command, rights and probes as with Refold's own image"  # fmt: skip
+
+    def test_a_version_runs_its_own_code_wherever_that_stands_now(self) -> None:
+        one, two = (f"registry/acme@sha256:{digit * 64}" for digit in "12")
+        moved = one.replace("registry", "mirror:5000")
+        handler = Handler(image=one, function="acme:project")
+
+        def image(spec: dict[str, Any]) -> str:
+            found = projection.projector_image(owner(**spec), handler, IMAGE)
+            assert found.pull_policy == IMAGE.pull_policy
+            return found.name
+
+        assert projection.projector_image(owner(), None, IMAGE) == IMAGE
+        assert image({"handler": {"image": moved, "function": "acme:project"}}) == moved
+        assert image({"handler": {"image": two, "function": "acme:project"}}) == one, "it is another version"
+        assert image({"handler": {"image": moved, "function": "acme:other"}}) == one
+        assert image({"handler": {"image": 7}}) == one, "a broken spec leaves what runs alone"
+        assert image({}) == one
 
     def test_a_version_that_is_finished_keeps_its_deployment_without_processes(self) -> None:
         secret = children.projector_secret(owner(), "abc", store_dsn="a", readstore_dsn="b", kafka_files={})

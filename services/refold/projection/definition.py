@@ -6,9 +6,10 @@ stored in the read store as a `VersionDefinition`, from which projector and quer
 
 import datetime as dt
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
@@ -21,6 +22,8 @@ from refold.projection.values import CONVERSIONS, Value
 OPERATIONS = ("set", "add", "min", "max", "append")
 _COMMUTING = ("set", "add", "min", "max")
 _COLUMN_NAME = r"^[a-z][a-z0-9_]{0,39}$"
+_FUNCTION = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$"
+_DIGEST = re.compile(r"@(sha256:[0-9a-f]{64})$")
 
 
 class ColumnType(StrEnum):
@@ -84,6 +87,32 @@ class FoldRule(_Model):
                 yield operation, column, source
 
 
+class Handler(_Model):
+    """Code in place of key and fold: a function of an image that is built from Refold's (docs/handlers.md).
+
+    `function` is `module:name`, and is called as `name(event, table)`. `version` says which code it is where the image
+    is named by a tag. `keys` are those of the rows that an event may change: its own subject's, or any. `adds` are the
+    columns that are only ever added to, of rows fed by several partitions; there all others are only ever set.
+    """
+
+    image: Annotated[str, Field(min_length=1, max_length=512, pattern=r"^\S+$")]
+    function: Annotated[str, Field(max_length=253, pattern=_FUNCTION)]
+    version: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    keys: Literal["subject", "any"] = "subject"
+    adds: Annotated[list[str], Field(max_length=64)] = []
+
+    @property
+    def digest(self) -> str | None:
+        """The image's digest, None where it is named by a tag."""
+        found = _DIGEST.search(self.image)
+        return None if found is None else found[1]
+
+    @property
+    def code(self) -> tuple[str | None, str | None, str]:
+        """What tells this code from other code: where the image stands, or what its tag is, doesn't count."""
+        return self.digest, self.version, self.function
+
+
 def _in_utc(moment: dt.datetime) -> dt.datetime:
     return moment.astimezone(dt.UTC)
 
@@ -91,13 +120,15 @@ def _in_utc(moment: dt.datetime) -> dt.datetime:
 class Definition(_Model):
     """The part of a Projection's spec that decides which rows come out.
 
-    `as_of` (JSON: `asOf`) is the moment of which the read model is; None where it follows its streams.
+    Either `fold` or `handler` says what events do to rows. `as_of` (JSON: `asOf`) is the moment of which the read model
+    is; None where it follows its streams.
     """
 
     streams: Annotated[list[str], Field(min_length=1)]
     key: str = "subject"
     columns: Annotated[list[Column], Field(max_length=200)] = []
-    fold: Annotated[list[FoldRule], Field(min_length=1, max_length=200)]
+    fold: Annotated[list[FoldRule], Field(min_length=1, max_length=200)] = []
+    handler: Handler | None = None
     # in UTC, so that one moment is one version however it is written
     as_of: Annotated[AwareDatetime, AfterValidator(_in_utc)] | None = Field(default=None, alias="asOf")
 
@@ -186,6 +217,11 @@ def check(definition: Definition) -> list[Problem]:
     """Return all that keeps `definition` from working; empty where it can be folded."""
     columns = {column.name: column for column in definition.columns}
     problems = [*_check_columns(definition), *_check_key(definition.key)]
+    if definition.handler is not None:
+        return [*problems, *_check_handler(definition, definition.handler)]
+    if not definition.fold:
+        message = "nothing says what events do to a row: give it entries, or code in spec.handler"
+        return [*problems, Problem("spec.fold", "NothingToDo", message)]
     row = row_fields(definition)
     for position, rule in enumerate(definition.fold):
         problems += _check_rule(f"spec.fold[{position}]", rule, columns, row)
@@ -226,6 +262,8 @@ def read_columns(definition: Definition) -> list[str]:
     """
     if not single_partition(definition):
         return []
+    if definition.handler is not None:  # nobody knows what it looks at
+        return [column.name for column in definition.columns]
     row = row_fields(definition)
     used: set[str] = set()
     operations: dict[str, set[str]] = {column.name: set() for column in definition.columns}
@@ -247,6 +285,8 @@ def read_columns(definition: Definition) -> list[str]:
 
 def merges(definition: Definition) -> dict[str, str]:
     """Return the columns that take values which join the one before in the read store, each with how: add, min, max."""
+    if definition.handler is not None:
+        return dict.fromkeys(definition.handler.adds, "add")
     read = read_columns(definition)
     return {
         column: operation
@@ -262,6 +302,8 @@ def single_partition(definition: Definition) -> bool:
     Raises:
         CelError: the key is no expression.
     """
+    if definition.handler is not None:
+        return len(definition.streams) == 1 and definition.handler.keys == "subject"
     return len(definition.streams) == 1 and cel.check(definition.key).fast == "event.subject"
 
 
@@ -269,6 +311,8 @@ def stamped(definition: Definition) -> list[str]:
     """Return the columns that have the stamp of who set them beside them, in the order of their declaration."""
     if single_partition(definition):
         return []
+    if definition.handler is not None:
+        return [column.name for column in definition.columns if column.name not in definition.handler.adds]
     set_somewhere = {column for rule in definition.fold for column in rule.set}
     return [column.name for column in definition.columns if column.name in set_somewhere]
 
@@ -323,6 +367,36 @@ def _check_key(source: str) -> Iterator[Problem]:
     for kind, at in [*whole, *items]:
         message = f"a key is a string or a list of strings, not {kind.title}: use string()"
         yield Problem("spec.key", "WrongType", message, *at)
+
+
+def _check_handler(definition: Definition, handler: Handler) -> Iterator[Problem]:
+    if definition.fold:
+        message = "spec.fold says what events do to rows already: remove either of them"
+        yield Problem("spec.handler", "Conflict", message)
+    if definition.key != "subject":
+        message = "a handler names the keys itself: remove spec.key, and say in spec.handler.keys whether they are any"
+        yield Problem("spec.key", "Conflict", message)
+    if handler.digest is None and handler.version is None:
+        message = (
+            f"{handler.image} is a tag, which may name other code tomorrow: name the image by its digest "
+            "(…@sha256:…), or say in spec.handler.version which code it is"
+        )
+        yield Problem("spec.handler.image", "NeedsVersion", message)
+    columns = {column.name: column for column in definition.columns}
+    if not columns:
+        yield Problem("spec.columns", "NothingToDo", "a handler sets columns: declare at least one")
+    for position, name in enumerate(handler.adds):
+        path = f"spec.handler.adds[{position}]"
+        if name in handler.adds[:position]:
+            yield Problem(path, "Duplicate", f"the column {name} stands here twice")
+        elif name not in columns:
+            yield Problem(path, "UnknownColumn", f"{name} is not in spec.columns: declare it there")
+        elif "add" not in CONVERSIONS[columns[name].type].functions:
+            message = f"add needs a column of type integer or numeric, {name} is {columns[name].type}"
+            yield Problem(path, "WrongColumnType", message)
+    if handler.adds and single_partition(definition):
+        message = "each row is fed by one partition, where every column may be set and added to: remove it"
+        yield Problem("spec.handler.adds", "Conflict", message)
 
 
 def _check_rule(
@@ -454,6 +528,9 @@ def version_of(
         [column.name, *column.model_dump(mode="json", exclude_defaults=True, exclude={"name", "index"}).values()]
         for column in definition.columns
     )
+    if definition.handler is not None:
+        handler = definition.handler
+        content["handler"] = [*handler.code, handler.keys, sorted(handler.adds)]
     content["readStore"] = read_store
     content["rebuild"] = rebuild
     return hashlib.sha256(msgspec.json.encode(content, order="deterministic")).hexdigest()[:8]

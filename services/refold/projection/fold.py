@@ -249,6 +249,7 @@ def compile_fold(definition: Definition) -> Fold:
     Raises:
         InvalidDefinitionError: `check` finds problems.
     """
+    assert definition.handler is None, "refold.projection.handler folds by code"
     if problems := check(definition):
         raise InvalidDefinitionError(problems)
     return Fold(definition)

@@ -40,7 +40,8 @@ from refold.projection import metrics, parking
 from refold.projection.backfill import Heads, History, HistoryUnavailableError, Page, wait_a_little
 from refold.projection.consumer import KafkaUnavailableError, Offsets, Place, TopicConsumer
 from refold.projection.definition import StreamRef, VersionDefinition
-from refold.projection.fold import Batch, Parked, ParkedEvent, compile_fold
+from refold.projection.fold import Batch, Fold, Parked, ParkedEvent
+from refold.projection.handler import FIELD, HandlerBatch, HandlerError, HandlerFold, folding
 from refold.projection.readstore import Advance, MovedError, NotFoundError, RefusedError, Seen, UnavailableError, stores
 from refold.projection.settings import Settings
 from refold.projection.throttle import LOOK_SECONDS, Throttle
@@ -172,7 +173,10 @@ class Projector:
         definition = self._open()
         if definition is None:
             return
-        self._fold = compile_fold(definition.definition)
+        fold = self._load(definition)
+        if fold is None:
+            return
+        self._fold = fold
         self._streams = {stream.topic: stream for stream in definition.streams}
         self._ends = definition.ends
         self._heads = Heads(self._settings.store_dsn.get_secret_value(), definition.streams)
@@ -212,6 +216,34 @@ class Projector:
                 continue
             self._not_ready = None
             return definition
+        return None
+
+    def _load(self, definition: VersionDefinition) -> Fold | HandlerFold | None:
+        """Return what folds; None where it can't run here, which was told, and the process was stopped."""
+        names_ = {stream.incarnation: stream.name for stream in definition.streams}
+        try:
+            return folding(definition.definition, names_, installed=self._settings.installed or None)
+        except HandlerError as error:
+            reason = str(error)
+        log.error("The handler can't run", reason=reason)
+        # Another image is another process. Until then this one isn't ready, so that one that can run goes on.
+        self._not_ready = reason
+        failures, told = 0, False
+        while not self._stopping.is_set():
+            self._beat = time.monotonic()
+            try:
+                if not told:
+                    for stream in definition.streams:
+                        for number in range(stream.partitions):
+                            self._rows.stop(stream.incarnation, number, reason)
+                    told = True
+            except UnavailableError as unavailable:
+                failures += 1
+                log.warning("The read store isn't ready", error=str(unavailable))
+                self._stopping.wait(wait_a_little(failures) - time.monotonic())
+                continue
+            self._stopping.wait(_STOPPED_SECONDS)
+        self._rows.close()
         return None
 
     def _step(self) -> None:
@@ -301,6 +333,8 @@ class Projector:
                 log.error("The version doesn't know this partition", stream=one.label, partition=one.number)
                 one.put_off()
                 continue
+            if position.stopped is not None and position.stopped.startswith(FIELD):
+                self._rows.stop(*one.key, None)  # the handler couldn't run, and does now
             self._forget(one)
             one.applied, one.unparked = position.position, position.unparked
             one.seen = None
@@ -520,14 +554,14 @@ class Projector:
             metrics.BATCH_SECONDS.observe(time.monotonic() - began)
         self._write(rest)
 
-    def _folded(self, slices: Sequence[Slice]) -> tuple[Batch, Sequence[Slice], Sequence[Slice]]:
+    def _folded(self, slices: Sequence[Slice]) -> tuple[Batch | HandlerBatch, Sequence[Slice], Sequence[Slice]]:
         """Return a batch of the first events, as many as the store writes at once, their slices, and the rest."""
         reads, most = self._fold.reads, self._rows.most_rows
         rest: Sequence[Slice] = []
         if most is not None:  # so many events can't change more rows, but where one has several keys
             slices, rest = _parted(slices, most)
         before = self._rows.read({event.subject for one in slices for event in one.events}, reads) if reads else None
-        batch = self._fold.batch(self._parked, before)
+        batch: Batch | HandlerBatch = self._fold.batch(self._parked, before)
         for one in slices:
             batch.fold(one.partition.stream.incarnation, one.events)
         while rest and most is not None and not reads and (room := most - len(batch.changes)) > most // 10:
@@ -793,7 +827,7 @@ def _remove(gauge: Any, partition: Partition) -> None:
         return
 
 
-def _too_large(batch: Batch, slices: Sequence[Slice], most_rows: int | None) -> bool:
+def _too_large(batch: Batch | HandlerBatch, slices: Sequence[Slice], most_rows: int | None) -> bool:
     """Return whether a batch has more rows than the store writes at once, and more events than one."""
     return most_rows is not None and len(batch.changes) > most_rows and sum(len(one.events) for one in slices) > 1
 

@@ -19,6 +19,8 @@ class Settings(kafka.Settings):
     readstore_dsn: SecretStr
     #: PostgreSQL of the event store, as a login that may read the streams and the heads.
     store_dsn: SecretStr
+    #: Which Refold the installation runs, told to images with a handler; empty where nobody says: no check.
+    installed: str = ""
     #: Where `/healthz`, `/readyz` and `/metrics` are served.
     port: int = Field(8080, ge=0, le=65535)
     #: Events that one transaction of the read store holds at most; more cost memory (about 2 KiB each) and save little.

@@ -23,6 +23,7 @@ import msgspec
 
 from refold.events import Event
 from refold.projection.fold import Before, Fold, Parked, ParkedEvent, RowChange
+from refold.projection.handler import HandlerFold
 
 Verb = Literal["retry", "discard"]
 #: Seconds after which a mark counts no more: whoever left it has gone away long ago.
@@ -99,7 +100,12 @@ class Again(msgspec.Struct, frozen=True):
 
 
 def fold_again(
-    fold: Fold, row: ParkedRow, entries: Sequence[Entry], events: Collection[Event], parked: Parked, before: Before
+    fold: Fold | HandlerFold,
+    row: ParkedRow,
+    entries: Sequence[Entry],
+    events: Collection[Event],
+    parked: Parked,
+    before: Before,
 ) -> Again:
     """Fold parked events again.
 
