@@ -148,6 +148,16 @@ def projection(namespace: str, name: str = "status", **spec: Any) -> dict[str, A
     }
 
 
+def handled(namespace: str, *, more: dict[str, Any] | None = None, **handler: Any) -> dict[str, Any]:
+    """A projection with code in place of a fold."""
+    made = projection(namespace, **(more or {}))
+    if "fold" not in (more or {}):
+        del made["spec"]["fold"]
+    given = {"image": f"registry/acme@sha256:{'0a' * 32}", "function": "acme.orders:project", **handler}
+    made["spec"]["handler"] = {name: value for name, value in given.items() if value is not None}
+    return made
+
+
 def until(look: Callable[[], T], *, seconds: float = 60) -> T:
     """Return what `look` answers once that is true; it may fail until then."""
     deadline = time.monotonic() + seconds
@@ -249,6 +259,12 @@ RULES = [{"type": "OrderPlaced", "set": {"status": "'placed'"}}]
         (projection("default", fold=[{**RULES[0], "delete": True}]), "spec.fold[0]"),
         (projection("default", fold=[{"type": "X", "set": {}}]), "spec.fold[0].set"),
         (projection("default", fold=[{**RULES[0], "when": ""}]), "spec.fold[0].when"),
+        (handled("default", image="registry/acme:1"), "say in handler.version which code it is"),
+        (handled("default", image=None), "spec.handler.image"),
+        (handled("default", function="acme.orders"), "spec.handler.function"),
+        (handled("default", keys="all"), "spec.handler.keys"),
+        (handled("default", more={"key": "data.customer"}), "say in handler.keys whether they are any"),
+        (handled("default", more={"fold": RULES}), "either fold or handler"),
         (projection("default", projector={"replicas": -1}), "spec.projector.replicas"),
         (projection("default", query={"replicas": 1000}), "spec.query.replicas"),
         (projection("default", readStore={"type": "mongo"}), "spec.readStore.type"),
@@ -281,6 +297,8 @@ def test_the_api_server_refuses_a_bad_spec_and_names_the_field(
         event_stream("default", topic={"name": "my.Topic_1-x", "replicas": 3, "config": {"retention.ms": "-1"}}),
         event_stream("default", events=[{"name": "Any"}, {"name": "Never", "schema": False}]),
         event_stream("default", events=[{"name": "n" * 255, "schema": {"$ref": "#/$defs/a", "$defs": {"a": {}}}}]),
+        handled("default"),
+        handled("default", image="registry:5000/acme:1", version="1", keys="any", adds=["status"]),
         projection("default", "p" * 40),
         projection("default", readStore={"type": "redis", "connectionRef": {"name": "orders.redis-1"}}),
         projection("default", readStore={}),
@@ -569,6 +587,9 @@ class Positions:
             version,
         )
 
+    def stop(self, version: str, reason: str | None) -> None:
+        self.execute("update {schema}.positions set stopped = %s where version = %s", reason, version)
+
     def versions(self) -> set[str]:
         """Return the versions that have a table."""
         tables = "select tablename from pg_tables where schemaname = %s and tablename like 'rows%%'"
@@ -716,6 +737,37 @@ def test_a_build_that_fails_is_said_and_superseded_by_the_next_edit(
     until(lambda: serves(api, namespace))
     assert live(api, namespace) == right
     assert positions.versions() == {former, right}
+
+
+def test_a_handlers_image_is_built_beside_the_live_version_and_its_refusal_is_said(
+    api: ApiServer, namespace: str, positions: Positions
+) -> None:
+    api.apply(event_stream(namespace), projection(namespace))
+    until(lambda: serves(api, namespace))
+    former = live(api, namespace)
+    positions.reach(former, 10)
+    api.apply(handled(namespace))
+    version = building(api, namespace)
+
+    def image(name: str) -> str:
+        (container,) = api.get("deployment", name, "-n", namespace)["spec"]["template"]["spec"]["containers"]
+        return str(container["image"])
+
+    made = until(lambda: image(f"status-projector-{version}"))
+    assert made == handled(namespace)["spec"]["handler"]["image"]
+    assert image(f"status-projector-{former}") == image("status-query") == "refold/refold:test"
+    positions.stop(version, "spec.handler.image: it is built from Refold 99.1.0")
+    becomes(api, "projection", namespace, "status", "False", "BuildFailed")
+    found = api.get("projection", "status", "-n", namespace)["status"]
+    conditions = {each["type"]: each for each in found["conditions"]}
+    assert "built from Refold 99.1.0" in conditions["Ready"]["message"]
+    assert live(api, namespace) == former
+    moved = f"mirror:5000/acme@sha256:{'0a' * 32}"
+    api.apply(handled(namespace, image=moved))
+    until(lambda: image(f"status-projector-{version}") == moved)
+    positions.stop(version, None)
+    positions.reach(version, 10)
+    until(lambda: live(api, namespace) == version)
 
 
 def test_the_annotation_rebuilds_with_the_same_definition_and_tells_how_far_it_is(
