@@ -14,11 +14,13 @@ import structlog
 from confluent_kafka import KafkaException
 from refold import names
 from refold.eventstore import records
+from refold.eventstore.appends import MAX_TYPE_BYTES, check_text
 from refold.eventstore.catalog import Stream
-from refold.eventstore.errors import ConflictError, EventStoreError, NotInstalledError
+from refold.eventstore.errors import ConflictError, EventStoreError, InvalidAppendError, NotInstalledError
+from refold.eventstore.event_types import EventTypes, SchemaError
 from refold.kafka import CredentialsError
 
-from refold_operator import children, guard
+from refold_operator import children
 from refold_operator.access import Access
 from refold_operator.cluster import Cluster, RefusedError, covers
 from refold_operator.errors import ForbiddenError, ReconcileError, UnreachableError
@@ -40,6 +42,7 @@ CONFIGURABLE = frozenset(
         "segment.bytes", "segment.jitter.ms", "segment.ms",
     }
 )  # fmt: skip
+_MESSAGE_BYTES = "max.message.bytes"
 _KAFKAS_MESSAGE_BYTES = 1024 * 1024 + 12  # Kafka's own default
 # Always set, whatever the brokers' defaults are: compaction would drop events.
 _FIXED = {"cleanup.policy": "delete"}
@@ -100,7 +103,14 @@ def plan_topic(
     """
     name = topic_name(stream)
     least = records.message_bytes(event_bytes)
-    wanted = {**_FIXED, guard.MESSAGE_BYTES: str(max(_KAFKAS_MESSAGE_BYTES, least)), **stream.spec.topic.config}
+    wanted = {**_FIXED, _MESSAGE_BYTES: str(max(_KAFKAS_MESSAGE_BYTES, least)), **stream.spec.topic.config}
+    if int(wanted[_MESSAGE_BYTES]) < least:
+        return Refuse(
+            "MessageBytesTooSmall",
+            f"spec.topic.config {_MESSAGE_BYTES} is {wanted[_MESSAGE_BYTES]}; events of up to {event_bytes} bytes "
+            f"(eventstore.limits.eventBytes) need {least}, or the stream could get stuck at an event that its topic "
+            "refuses; leave it out, raise it, or lower the event store's limit",
+        )
     if claim is not None and claim.topic != name:
         return Refuse(
             "TopicImmutable",
@@ -156,23 +166,23 @@ def topic_name(stream: EventStream) -> str:
 
 
 def event_types(stream: EventStream) -> dict[str, Any] | None:
-    """Return the JSON Schema of each event type that the stream takes; None: it takes any event."""
-    if stream.spec.events is None:
-        return None
-    return {each.name: each.json_schema for each in stream.spec.events}
-
-
-def _guard(stream: EventStream, event_bytes: int) -> None:
-    """Refuse what the admission webhook refuses, where it came in nevertheless.
+    """Return the JSON Schema of each event type that the stream takes; None: it takes any event.
 
     Raises:
-        ReconcileError: it says which field, and why.
+        ReconcileError: a name or a schema can't be used; it says which, where and why.
     """
-    problems = guard.check_event_stream(stream.definition, event_bytes=event_bytes)
-    if problems:
-        condition = "TopicReady" if problems[0].path.startswith("spec.topic") else "StoreReady"
-        message = f"{guard.told(problems)}. Nothing was changed; events are taken as before"
-        raise ReconcileError(condition, problems[0].reason, message)
+    if stream.spec.events is None:
+        return None
+    types = {each.name: each.json_schema for each in stream.spec.events}
+    try:
+        for name in types:
+            check_text("name", name, MAX_TYPE_BYTES)
+        EventTypes(types)
+    except (SchemaError, InvalidAppendError) as error:
+        raise ReconcileError(
+            "StoreReady", "InvalidSchema", f"spec.events: {error}. Nothing was changed; events are taken as before"
+        ) from error
+    return types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,9 +227,9 @@ async def reconcile(
     found = ""
     claim = None
     try:
+        types = event_types(stream)
         with _store_errors():
             claim = await store.stream(stream.metadata.namespace, stream.metadata.name)
-        _guard(stream, event_bytes)
         claim, note, found = await _topic(
             stream, claim, store=store, kafka=kafka, default_replicas=default_replicas, event_bytes=event_bytes
         )
@@ -230,7 +240,7 @@ async def reconcile(
         )
         with _store_errors():
             # before the first append, and while Ready is still of the former generation
-            claim = await store.set_event_types(claim, event_types(stream))
+            claim = await store.set_event_types(claim, types)
             if claim.state != "active":
                 claim = await store.activate(claim)
             status["events"] = await store.events(claim)

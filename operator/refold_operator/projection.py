@@ -33,7 +33,7 @@ from refold.projection.readstore import (
     VersionStatus,
 )
 
-from refold_operator import children, cluster, credentials, guard
+from refold_operator import children, cluster, credentials
 from refold_operator.access import Access
 from refold_operator.children import Image
 from refold_operator.cluster import Cluster, Object
@@ -224,9 +224,12 @@ async def _at_its_readstore(projection: Projection, around: Surroundings) -> Sur
 
 async def _wanted(projection: Projection, around: Surroundings) -> tuple[str, VersionDefinition]:
     """Return the version that the spec asks for, and what it folds."""
-    if problems := guard.check_projection(projection.definition):
-        raise ReconcileError("Ready", problems[0].reason, guard.told(problems))
-    definition = definitions.parse(projection.definition)
+    try:
+        definition = definitions.parse(projection.definition)
+    except definitions.InvalidDefinitionError as error:
+        raise ReconcileError("Ready", error.problems[0].reason, str(error)) from error
+    except pydantic.ValidationError as error:
+        raise ReconcileError("Ready", "InvalidSpec", _first(error)) from error
     streams = await _streams(projection, around, definition.streams)
     refs = [
         StreamRef(
@@ -685,6 +688,12 @@ def _children_of(projection: Projection) -> str:
 def _store_login(around: Surroundings, schema: str) -> str:
     """Return the projectors' login in the event store, another than theirs in a read store of the same database."""
     return names.resource_role(around.store.database.name, schema, "history")
+
+
+def _first(error: pydantic.ValidationError) -> str:
+    problem = error.errors(include_url=False, include_context=False)[0]
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])
+    return f"spec{field}: {problem['msg']}"
 
 
 @contextlib.contextmanager

@@ -78,11 +78,10 @@ class EventStreamSpec(_Model):
 
 
 class EventStream(_Model):
-    """An EventStream. `definition` is the whole spec as it is."""
+    """An EventStream."""
 
     metadata: Metadata
     spec: EventStreamSpec
-    definition: Mapping[str, Any]
     status: dict[str, Any] = {}
 
 
@@ -134,7 +133,7 @@ def event_stream(body: Mapping[str, Any]) -> EventStream:
     Raises:
         pydantic.ValidationError: the object isn't one that the CRD lets pass.
     """
-    return EventStream.model_validate({**body, "definition": body.get("spec", {})})
+    return EventStream.model_validate(body)
 
 
 def projection(body: Mapping[str, Any]) -> Projection:
