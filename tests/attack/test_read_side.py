@@ -41,7 +41,7 @@ def test_rows_are_the_fold_of_the_history_whatever_happens_to_projectors_and_sto
     draw = random.Random(seed)
     disturbances = plan(draw, KINDS, DISTURBANCES)
     in_postgres, in_redis = [ORDERS, CUSTOMERS], [CUSTOMERS, ORDERS]
-    if DISTURBANCES < len(KINDS):  # each model and each store, which costs half as many processes
+    if len(KINDS) > DISTURBANCES:  # each model and each store, which costs half as many processes
         draw.shuffle(in_postgres)
         in_postgres, in_redis = in_postgres[:1], in_postgres[1:]
     with capsys.disabled():
