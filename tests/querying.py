@@ -126,14 +126,14 @@ async def make(database: str) -> Model:
 
 
 @contextmanager
-def serve(model: Model, postgres: Postgres) -> Iterator[Served]:
-    """Serve the read model, logged in with the rights that the operator gives."""
+def serve(model: Model, postgres: Postgres, *, store_dsn: str | None = None) -> Iterator[Served]:
+    """Serve the read model, logged in with the rights that the operator gives; histories are in `store_dsn`."""
     database = psycopg.conninfo.conninfo_to_dict(model.database)["dbname"]
     assert isinstance(database, str)
     _, login = readstore.logins(database, SCHEMA)
     dsn = postgres.dsn(database, user=quote(login, safe=""), password="q" * 32)
     settings = Settings.model_validate(
-        {"projection": "shop/order-status", "readstore_dsn": dsn, "auth": tokens_file(TOKEN)}
+        {"projection": "shop/order-status", "readstore_dsn": dsn, "store_dsn": store_dsn, "auth": tokens_file(TOKEN)}
     )
     with served.serve(app(settings), TOKEN) as service:
         yield service

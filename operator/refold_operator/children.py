@@ -84,11 +84,11 @@ def query_account(owner: Projection) -> Manifest:
     }
 
 
-def query_secret(owner: Projection, *, readstore_dsn: str) -> Manifest:
-    """Return the Secret with the query service's DSN."""
+def query_secret(owner: Projection, *, readstore_dsn: str, store_dsn: str | None) -> Manifest:
+    """Return the Secret with the query service's DSNs; that of the event store where rows have a history."""
     return _secret(
         owner, names.query_name(owner.metadata.name), _labels(owner, "query"),
-        {"readstore-dsn": readstore_dsn},
+        {"readstore-dsn": readstore_dsn, **({} if store_dsn is None else {"store-dsn": store_dsn})},
     )  # fmt: skip
 
 
@@ -130,6 +130,8 @@ def query(owner: Projection, *, image: Image, secret: Manifest, account: Mapping
         _from_secret("REFOLD_READSTORE_DSN", secret, "readstore-dsn"),
         {"name": "REFOLD_PORT", "value": str(PORT)},
     ]
+    if "store-dsn" in secret["data"]:
+        env.append(_from_secret("REFOLD_STORE_DSN", secret, "store-dsn"))
     return _deployment(
         owner, names.query_name(owner.metadata.name), "query", _labels(owner, "query"),
         processes=owner.spec.query, image=image, env=env, secret=secret,

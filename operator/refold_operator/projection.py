@@ -25,6 +25,7 @@ from refold.eventstore.errors import EventStoreError
 from refold.kafka import Brokers, CredentialsError
 from refold.projection import definition as definitions
 from refold.projection.definition import Handler, StreamRef, VersionDefinition
+from refold.projection.past import why_not
 from refold.projection.readstore import (
     ConflictError,
     ProjectionStatus,
@@ -196,7 +197,8 @@ async def finalize(projection: Projection, around: Surroundings) -> None:
         await around.delegation.take(Account(namespace, names.query_name(name)))
     schema = names.read_schema(namespace, name)
     with _store_errors():
-        await around.store.drop_login(_store_login(around, schema))
+        for part in ("history", "past"):
+            await around.store.drop_login(_store_login(around, schema, part))
     with _store_errors(), _kafka_errors():
         await around.access.drop_projection(projection)
     with _readstore_errors():
@@ -319,15 +321,17 @@ async def _apply(
         folded = await around.readstore.definitions(namespace=namespace, name=name)
         logins = await around.readstore.logins(around.key, namespace=namespace, name=name)
     readable = await _readable(around, [ref for version in versions for ref in folded[version].streams])
-    role = _store_login(around, names.read_schema(namespace, name))
+    schema = names.read_schema(namespace, name)
+    role = _store_login(around, schema, "history")
     with _store_errors():
-        store_dsn = await around.store.projector_login(role, credentials.password(around.key, role), readable)
+        store_dsn = await around.store.reader_login(role, credentials.password(around.key, role), readable)
+    past_dsn = await _past_login(around, schema, around.key, [folded[version] for version in versions])
     with _store_errors(), _kafka_errors():
         topics = {ref.topic for version in versions for ref in folded[version].streams}
         kafka_files, put_right = await around.access.projection(projection, topics)
     if put_right:
         found.append(put_right)
-    query_secret = children.query_secret(projection, readstore_dsn=logins.query)
+    query_secret = children.query_secret(projection, readstore_dsn=logins.query, store_dsn=past_dsn)
     wanted = [query_secret, children.query_service(projection)]
     for version in sorted(versions):
         secret = children.projector_secret(
@@ -376,6 +380,19 @@ def projector_image(projection: Projection, handler: Handler | None, installed: 
         wanted = handler
     name = wanted.image if wanted.code == handler.code else handler.image
     return Image(name, installed.pull_policy)
+
+
+async def _past_login(around: Surroundings, schema: str, key: bytes, folded: Sequence[VersionDefinition]) -> str | None:
+    """Make the login by which query services read the histories of rows; None where rows have none of their own."""
+    role = _store_login(around, schema, "past")
+    refs = [ref for definition in folded if why_not(definition) is None for ref in definition.streams]
+    if not refs:
+        with _store_errors():
+            await around.store.drop_login(role)
+        return None
+    readable = await _readable(around, refs)
+    with _store_errors():
+        return await around.store.reader_login(role, credentials.password(key, role), readable)
 
 
 async def _apply_one(
@@ -685,9 +702,12 @@ def _children_of(projection: Projection) -> str:
     return f"{children.MANAGED},{children.PROJECTION_LABEL}={projection.metadata.name}"
 
 
-def _store_login(around: Surroundings, schema: str) -> str:
-    """Return the projectors' login in the event store, another than theirs in a read store of the same database."""
-    return names.resource_role(around.store.database.name, schema, "history")
+def _store_login(around: Surroundings, schema: str, part: str) -> str:
+    """Return a login in the event store: `history` is the projectors', `past` the query services'.
+
+    They are others than those in a read store of the same database.
+    """
+    return names.resource_role(around.store.database.name, schema, part)
 
 
 def _first(error: pydantic.ValidationError) -> str:

@@ -119,8 +119,8 @@ class Store:
         async with self.database.connection() as connection:
             return await catalog.positions_at(connection, stream, moment)
 
-    async def projector_login(self, role: str, password: str, streams: Sequence[Stream]) -> str:
-        """Make the login of a projection's projectors, which may read `streams` and their heads; return its DSN."""
+    async def reader_login(self, role: str, password: str, streams: Sequence[Stream]) -> str:
+        """Make a login of a projection's processes, which may read `streams` and their heads; return its DSN."""
         async with self.database.connection() as connection:
             groups = [catalog.reader_role(connection, stream) for stream in streams]
             groups.append(names.store_role(self.database.name, "heads"))

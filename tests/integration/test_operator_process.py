@@ -496,13 +496,14 @@ def test_the_secrets_logins_can_do_their_work_and_no_more(api: ApiServer, namesp
     projector = api.get("secret", f"status-projector-{version}", "-n", namespace)["data"]
     query = api.get("secret", "status-query", "-n", namespace)["data"]
     decoded = {key: base64.b64decode(value).decode() for key, value in {**query, **projector}.items()}
-    assert set(query) == {"readstore-dsn"}
-    with psycopg.connect(decoded["store-dsn"], autocommit=True) as connection:
-        connection.execute(f'select * from "{namespace}.orders".events')
-        connection.execute("select * from refold.heads")
-        for refused in (f'select * from "{namespace}.secrets".events', f'delete from "{namespace}.orders".events'):
-            with pytest.raises(psycopg.errors.InsufficientPrivilege):
-                connection.execute(refused)
+    assert set(query) == {"readstore-dsn", "store-dsn"}
+    for reads in (decoded["store-dsn"], base64.b64decode(query["store-dsn"]).decode()):
+        with psycopg.connect(reads, autocommit=True) as connection:
+            connection.execute(f'select * from "{namespace}.orders".events')
+            connection.execute("select * from refold.heads")
+            for refused in (f'select * from "{namespace}.secrets".events', f'delete from "{namespace}.orders".events'):
+                with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                    connection.execute(refused)
     with psycopg.connect(decoded["readstore-dsn"], autocommit=True) as connection:
         connection.execute(f'update "{namespace}.status.read".positions set head = head')
     reader = base64.b64decode(query["readstore-dsn"]).decode()
@@ -510,6 +511,18 @@ def test_the_secrets_logins_can_do_their_work_and_no_more(api: ApiServer, namesp
         connection.execute(f'select * from "{namespace}.status.read".rows_{version}')
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             connection.execute(f'delete from "{namespace}.status.read".rows_{version}')
+
+
+def test_a_query_service_reads_no_history_where_rows_have_none(api: ApiServer, namespace: str) -> None:
+    api.apply(event_stream(namespace), projection(namespace))
+    until(lambda: serves(api, namespace))
+    secret = api.get("secret", "status-query", "-n", namespace)["data"]
+    login = base64.b64decode(secret["store-dsn"]).decode()
+    # of the live version until readers have left it
+    api.apply(projection(namespace, key="data.customer", keepPrevious="0s"))
+    until(lambda: "store-dsn" not in api.get("secret", "status-query", "-n", namespace)["data"])
+    with pytest.raises(psycopg.OperationalError):
+        psycopg.connect(login)
 
 
 def test_changed_and_deleted_children_are_put_back(api: ApiServer, namespace: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from refold.eventstore import EventStore, NewEvent, catalog
 from refold.web import sent_events
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
@@ -27,7 +28,7 @@ from tests.querying import TOKEN
 from tests.served import Served
 
 EXAMPLES = int(os.environ.get("REFOLD_EXAMPLES", "25"))
-OPERATIONS = ["row", "rows", "changes", "status", "parked", "retry", "discard"]
+OPERATIONS = ["row", "history", "rows", "changes", "status", "parked", "retry", "discard"]
 #: What a schema can't say of a query string: texts that are filters and orders, right ones and nearly right ones.
 FILTERS = [
     f"{column}:{operator}:{value}"
@@ -36,19 +37,34 @@ FILTERS = [
     for value in ("", "1", "-1e3", "1,2", "true", "a\\", "\U0010ffff", "2026-01-31T23:59:59Z", "k1\0")
 ]
 ORDERS = ["key", "key:desc", "status", "items:desc", "total:asc", "paid", "at:desc", "more", "plain", "items:up"]
+#: Moments of a history, and nearly such.
+MOMENTS = ["1", "2", "0", "-1", "9" * 18, "2026-01-31T23:59:59Z", "2999-01-01T00:00:00+14:00", "2026-01-31", "k1\0"]
 
 
 @pytest.fixture(scope="module")
 async def api(postgres: Postgres) -> Iterator[Served]:
     with psycopg.connect(postgres.dsn(), autocommit=True) as conn:
         conn.execute("create database described_rows")
-    model = await querying.make(postgres.dsn("described_rows"))
-    await model.version()
+    dsn = postgres.dsn("described_rows")
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as conn:
+        await catalog.install_store(conn)
+        stream = await catalog.claim_stream(
+            conn, namespace="shop", name="orders", uid="u1", partitions=2, topic="shop.orders", kafka_cluster="k"
+        )
+        await catalog.activate(conn, stream)
+    async with await EventStore.open(dsn) as store:
+        for number in range(20):
+            await store.append("shop", "orders", f"k{number}", [NewEvent.of("OrderPlaced", {})])
+    model = await querying.make(dsn)
+    wanted = querying.definition()
+    [ref] = wanted.streams
+    ref = ref.model_copy(update={"incarnation": stream.incarnation, "event_schema": stream.schema})
+    await model.version(wanted=wanted.model_copy(update={"streams": [ref]}))
     for number in range(20):
         model.put(f"k{number}", status="placed", items=number)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sent_events, "LIFETIME", 0.0)  # what is followed ends at once
-        with querying.serve(model, postgres) as served:
+        with querying.serve(model, postgres, store_dsn=dsn) as served:
             yield served
 
 
@@ -77,17 +93,23 @@ def test_each_operation_answers_as_it_is_described(
         },
     )
 
-    @given(case=operation.as_strategy(generation_mode=mode), known=query)
+    moment = st.none() | st.tuples(st.sampled_from(["k1", "k2", "none"]), st.sampled_from(MOMENTS))
+
+    @given(case=operation.as_strategy(generation_mode=mode), known=query, moment=moment)
     @settings(
         max_examples=EXAMPLES,
         deadline=None,
         suppress_health_check=list(HealthCheck),
         phases=[Phase.explicit, Phase.generate],  # a failure is short enough; looking for a shorter one takes minutes
     )
-    def ask(case: schemathesis.Case, known: dict[str, Any]) -> None:
+    def ask(case: schemathesis.Case, known: dict[str, Any], moment: tuple[str, str] | None) -> None:
         case.headers.pop("Refold-Token", None)  # of what is never applied: it would be waited for
         if name == "rows":
             case.query |= known
+        if name in ("row", "history") and moment is not None:
+            key, at = moment
+            case.path_parameters["key"] = key
+            case.query["at"] = at
         response = case.call(base_url=api.url, headers={"authorization": f"Bearer {TOKEN}"}, timeout=20)
         checks = [not_a_server_error, status_code_conformance]
         if response.status_code == 304:

@@ -210,13 +210,22 @@ def projector(resource: resources.Projection, *, store_dsn: str = "host=a") -> c
     return children.projector(resource, "abc", image=IMAGE, brokers=BROKERS, secret=secret)
 
 
-def query(resource: resources.Projection) -> children.Manifest:
-    secret = children.query_secret(resource, readstore_dsn="host=b")
+def query(resource: resources.Projection, *, store_dsn: str | None = None) -> children.Manifest:
+    secret = children.query_secret(resource, readstore_dsn="host=b", store_dsn=store_dsn)
     account = {"metadata": {"name": "status-query", "uid": "u-1"}}
     return children.query(resource, image=IMAGE, secret=secret, account=account)
 
 
 class TestManifests:
+    def test_a_query_service_knows_the_event_store_where_rows_have_a_history(self) -> None:
+        for store in (None, "host=a"):
+            (container,) = query(owner(), store_dsn=store)["spec"]["template"]["spec"]["containers"]
+            keys = {
+                one["name"]: one["valueFrom"]["secretKeyRef"]["key"] for one in container["env"] if "valueFrom" in one
+            }
+            wanted = {"REFOLD_READSTORE_DSN": "readstore-dsn"}
+            assert keys == (wanted if store is None else wanted | {"REFOLD_STORE_DSN": "store-dsn"})
+
     def test_a_projector_finds_its_kafka_credentials_where_its_variables_say(self, tmp_path: Path) -> None:
         brokers = kafka.Settings(
             kafka_bootstrap="kafka:9093", kafka_security_protocol="SASL_SSL", kafka_credentials=tmp_path

@@ -40,7 +40,7 @@ import datetime as dt
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, Inexact, InvalidOperation, Overflow
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 import msgspec
 
@@ -66,6 +66,7 @@ from refold.projection.values import (
     integer_total,
     not_null,
     to_boolean,
+    to_integer,
     to_key,
     to_keys,
     to_moment,
@@ -274,6 +275,20 @@ def greatest(one: Any, other: Any) -> Any:
 
 #: What becomes of a column's value (null where there is none) and one that an operation brings, which is never null.
 JOINS: Mapping[str, Callable[[Any, Any], Any]] = {"add": total, "min": least, "max": greatest}
+
+
+def joined(operation: str, type_: ColumnType, one: Value, other: Value) -> Value:
+    """Return what becomes of a column's value `one`, null where there is none, and one that an operation brings.
+
+    Raises:
+        EvaluationError: a sum is beyond what the column holds.
+    """
+    try:
+        found = cast("Value", JOINS[operation](one, other))
+    except ArithmeticError as error:
+        raise cel.EvaluationError("the sum has more digits than a numeric column keeps") from error
+    # null and an integer come to a decimal
+    return to_integer(found) if type_ is ColumnType.INTEGER else found
 
 
 def _reason(error: Exception) -> str:

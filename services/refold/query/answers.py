@@ -5,11 +5,11 @@ replica, before and after a swap that leaves the rows as they are, and whatever 
 it already (`If-None-Match`) is answered with 304: no body, and how fresh the rows are now.
 """
 
+from collections.abc import Iterable
 from hashlib import blake2b
 
 from starlette.requests import Request
 
-from refold.query.freshness import Freshness
 from refold.web.answers import JsonAnswer
 
 #: A cache asks each time: who reads wants to know how fresh the rows are.
@@ -17,11 +17,11 @@ _CACHE_CONTROL = (b"cache-control", b"no-cache")
 
 
 class Rows(JsonAnswer):
-    """The answer with `body` (JSON) from the snapshot of `freshness`, or 304 where `request` says that it is known."""
+    """The answer with `body` (JSON) and `headers`, or 304 where `request` says that the body is known."""
 
-    def __init__(self, request: Request, freshness: Freshness, body: bytes) -> None:
+    def __init__(self, request: Request, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         etag = b'"%b"' % blake2b(body, digest_size=12).hexdigest().encode()
-        headers = [*freshness.raw_headers, (b"etag", etag), _CACHE_CONTROL]
+        headers = [*headers, (b"etag", etag), _CACHE_CONTROL]
         super().__init__(body, headers=headers)
         if _known(request, etag):
             self.status_code, self.body, self.raw_headers = 304, b"", headers

@@ -5,6 +5,7 @@ from typing import NamedTuple, Self
 
 from starlette.requests import Request
 
+from refold.projection.past import MOST_STEPS, At, parse_at
 from refold.projection.readstore import Order, Page
 from refold.query import filters, ordering, problems
 from refold.query.live import LiveVersion
@@ -110,6 +111,31 @@ class AskedParked(NamedTuple):
         return cls(given.get("version") or None, key, int(after), _limit(given.get("limit") or str(DEFAULT_LIMIT)))
 
 
+class AskedMoment(NamedTuple):
+    """Which moment of a row (None: as it is now), and of how many of the last events what each did."""
+
+    at: At | None
+    steps: int
+
+    @classmethod
+    def of(cls, request: Request, *, steps: bool = False) -> Self:
+        """Return what the query string asks for; of steps only where they may be asked for.
+
+        Raises:
+            Problem: 400 where a parameter is wrong, unknown or given too often.
+        """
+        if not request.scope["query_string"]:
+            return cls(None, DEFAULT_LIMIT)
+        given = _once(request, ("at", "steps") if steps else ("at",))
+        at = None
+        if "at" in given:
+            try:
+                at = parse_at(given["at"])
+            except ValueError as error:
+                raise problems.invalid_query(f"at {error}", "at") from error
+        return cls(at, _number(given.get("steps") or str(DEFAULT_LIMIT), "steps", MOST_STEPS))
+
+
 def parked_id(request: Request) -> int:
     """Return the id of the parked event in the path.
 
@@ -162,6 +188,10 @@ def _is_id(text: str) -> bool:
 
 
 def _limit(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) <= 9 and 1 <= int(text) <= MOST_ROWS):
-        raise problems.invalid_query(f"the limit is a number of 1 to {MOST_ROWS}, not {text[:100]!r}", "limit")
+    return _number(text, "limit", MOST_ROWS)
+
+
+def _number(text: str, name: str, most: int) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 9 and 1 <= int(text) <= most):
+        raise problems.invalid_query(f"{name} is a number of 1 to {most}, not {text[:100]!r}", name)
     return int(text)

@@ -15,6 +15,7 @@ class LiveVersion:
 
     def __init__(self, version: str, definition: VersionDefinition, reads: VersionReads) -> None:
         self.version = version
+        self.definition = definition
         self.reads = reads
         #: Whether it is of a moment, so that nothing is missing once all until then is applied.
         self.ended = bool(definition.ends)

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 import msgspec
 import structlog
 
+from refold.projection.past import Aside
 from refold.projection.readstore import Looked, NotFoundError, ParkedReads, UnavailableError
 from refold.projection.unparking import ASKED_SECONDS, Asked, Verb
 from refold.query import problems
@@ -100,6 +101,15 @@ class ParkedEvents:
             raise self._no_version(version)
         events = [ParkedEvent(*msgspec.structs.astuple(one)) for one in found[1]]
         return ParkedPage(found[0], events[:limit], events[limit - 1].id if len(events) > limit else None)
+
+    async def aside(self, version: str, key: str) -> Aside:
+        """Return what `version` has set aside of the row `key`, which one partition feeds.
+
+        Raises:
+            Problem: 503 where the read store doesn't answer, or the projection is gone.
+        """
+        with self._problems():
+            return await self._reads.aside(version, key)
 
     async def settle(self, id_: int, verb: Verb, *, version: str | None, by: str) -> Outcome:
         """Have a parked event folded again (`retry`) or discarded, and return once it is.

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from refold.projection.past import Bad
 from refold.web.problems import Problem
 
 
@@ -14,6 +15,80 @@ def row_not_found(key: str) -> Problem:
         "No such row",
         f"there is no row with the key {key!r}; the Refold-Lag headers tell what isn't applied yet",
         key=key,
+    )
+
+
+def no_events(key: str) -> Problem:
+    """Nothing had happened that the row could be of."""
+    return Problem(
+        404,
+        "row-not-found",
+        "No such row",
+        f"there was no row with the key {key!r}: its subject had no events by then",
+        key=key,
+    )
+
+
+def no_row_then(key: str, revision: int, bad: Bad | None) -> Problem:
+    """There were events, but no row."""
+    why = "its events had made none, or had deleted it"
+    if bad is not None:
+        why = f"event {bad.revision} is parked, with all behind it: {bad.error}"
+    return Problem(
+        404,
+        "row-not-found",
+        "No such row",
+        f"there was no row with the key {key!r} after event {revision} of its subject: {why}",
+        key=key,
+    )
+
+
+def no_history(reason: str) -> Problem:
+    """The Projection's rows can't be folded at a moment."""
+    return Problem(400, "no-row-history", "No history of a row", f"rows have no state at a moment: {reason}")
+
+
+def without_event_store() -> Problem:
+    """The service wasn't told where histories are."""
+    return Problem(
+        501,
+        "no-event-store",
+        "No event store",
+        "this query service was started without REFOLD_STORE_DSN, so it can't read the history of a row; in a cluster "
+        "the operator gives it at its next look, once it is of this release",
+    )
+
+
+def other_history(stream: str) -> Problem:
+    """The stream was deleted, or made anew, since the version was."""
+    return Problem(
+        410,
+        "other-history",
+        "Another history",
+        f"the stream {stream} was deleted, or made again, since the live version was made of it: that history is gone",
+    )
+
+
+def history_unavailable() -> Problem:
+    """The event store doesn't answer."""
+    return Problem(
+        503,
+        "history-unavailable",
+        "History unavailable",
+        "the event store's database didn't answer or refused; this passes by itself once it is back",
+        retry_after=1,
+    )
+
+
+def history_too_long(seconds: float) -> Problem:
+    """A subject has too many events."""
+    return Problem(
+        503,
+        "history-too-long",
+        "History too long",
+        f"the row's history wasn't folded within {seconds:.0f} s: ask for an earlier moment, or build the read model "
+        "as it was with spec.asOf",
+        retry_after=10,
     )
 
 

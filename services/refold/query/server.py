@@ -1,6 +1,7 @@
 """The query service: one Projection's read model over HTTP.
 
 Rows are read by key, by keys, or as pages by filters and an order (`asked`), and followed as they change (`changes`).
+A row is also answered as it was at a moment, and what each event did to it (`past`).
 Events that the projector has parked are listed, and it is asked to fold them again or to discard them (`parked`).
 
 Each answer about rows tells how fresh it is: `Refold-Position` (a token of all that was applied), `Refold-Lag-Events`
@@ -19,16 +20,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from refold import logs
+from refold.projection.past import MOST_STEPS, At, RowAt
 from refold.projection.readstore import stores
 from refold.projection.unparking import Verb
 from refold.query import asked, problems
 from refold.query.answers import Rows
-from refold.query.asked import AskedPage, AskedParked
+from refold.query.asked import AskedMoment, AskedPage, AskedParked
 from refold.query.changes import Changes, State
 from refold.query.filters import OPERATORS
 from refold.query.freshness import Freshness
 from refold.query.ordering import Cursor
 from refold.query.parked import Outcome, ParkedEvents, ParkedPage
+from refold.query.past import Past
 from refold.query.reader import CONNECTIONS, Reader
 from refold.query.settings import Settings
 from refold.query.waiting import DEFAULT_SECONDS, MOST_SECONDS, Waiting, wanted
@@ -87,25 +90,47 @@ class Status(msgspec.Struct):
 
 
 class Handlers:
-    """What the service answers, from `reader` and of `parked` events."""
+    """What the service answers, from `reader`, of `parked` events and of the `past`."""
 
-    def __init__(self, reader: Reader, parked: ParkedEvents) -> None:
+    def __init__(self, reader: Reader, parked: ParkedEvents, past: Past) -> None:
         self._reader = reader
         self._waiting = Waiting(reader)
         self._changes = Changes(reader)
         self._parked = parked
+        self._past = past
 
     async def row(self, request: Request) -> Response:
         """Answer the row of a key."""
         key = paths.parameter(request, "key")
         if "\0" in key:
             raise problems.invalid_key()
+        moment = AskedMoment.of(request)
+        if moment.at is not None:
+            return self._row_at(request, await self._past.row(key, moment.at))
         freshness, data = await self._fresh(request, lambda: self._reader.row(key))
         if data is None:
             problem = problems.row_not_found(key)
             problem.headers.update(freshness.headers)
             raise problem
-        return Rows(request, freshness, _row(key, data))
+        return Rows(request, freshness.raw_headers, _row(key, data))
+
+    async def history(self, request: Request) -> Response:
+        """Answer what the last events did to the row of a key."""
+        key = paths.parameter(request, "key")
+        if "\0" in key:
+            raise problems.invalid_key()
+        moment = AskedMoment.of(request, steps=True)
+        found = await self._past.row(key, moment.at or At(), steps=moment.steps)
+        return Response(msgspec.json.encode(found), headers=_at(found), media_type=_JSON)
+
+    @staticmethod
+    def _row_at(request: Request, found: RowAt) -> Response:
+        if found.data is None:
+            problem = problems.no_row_then(found.key, found.revision, found.parked)
+            problem.headers.update(_at(found))
+            raise problem
+        headers = [(name.encode(), value.encode()) for name, value in _at(found).items()]
+        return Rows(request, headers, _row(found.key, bytes(found.data).decode()))
 
     async def rows(self, request: Request) -> Response:
         """Answer a page of the rows that have one of the keys and meet all filters."""
@@ -116,7 +141,7 @@ class Handlers:
             *_, (key, _, place) = found = found[: page.limit]
             more = Cursor(page.order, place, key).encode()
         rows = b",".join(_row(key, data) for key, data, _ in found)
-        return Rows(request, freshness, b'{"rows":[%b],"next":%b}' % (rows, msgspec.json.encode(more)))
+        return Rows(request, freshness.raw_headers, b'{"rows":[%b],"next":%b}' % (rows, msgspec.json.encode(more)))
 
     async def status(self, _: Request) -> Response:
         """Answer which version is live and how far it is."""
@@ -184,6 +209,14 @@ class Handlers:
             await self._waiting.until_applied(token, freshness)
 
 
+def _at(found: RowAt) -> dict[str, str]:
+    """Return the headers that tell which event a row at a moment shows, and before which it stops."""
+    headers = {"refold-revision": str(found.revision)}
+    if found.parked is not None:
+        headers["refold-parked-revision"] = str(found.parked.revision)
+    return headers
+
+
 def _row(key: str, data: str) -> bytes:
     return b'{"key":%b,"data":%b}' % (msgspec.json.encode(key), data.encode())
 
@@ -210,6 +243,13 @@ _WAITING = (
 )
 
 
+_KEY = Parameter(name="key", where="path", description="The row's key", schema={"type": "string", "minLength": 1})
+_AT = Parameter(
+    name="at",
+    where="query",
+    description="A revision of the subject, or a time (RFC 3339): the row as it was then. Of rows that one partition "
+    "feeds alone",
+)
 _VERSION = Parameter(
     name="version",
     where="query",
@@ -228,14 +268,13 @@ def operations(handlers: Handlers) -> list[Operation]:
             summary="The row of a key",
             verb="get",
             parameters=[
-                Parameter(
-                    name="key", where="path", description="The row's key", schema={"type": "string", "minLength": 1}
-                ),
+                _KEY,
+                _AT,
                 _IF_NONE_MATCH,
                 *_WAITING,
             ],
             answer={_JSON: Row},
-            problems=[404, 504],
+            problems=[404, 410, 501, 504],
         ),
         Operation(
             "GET",
@@ -285,6 +324,25 @@ def operations(handlers: Handlers) -> list[Operation]:
             ],
             answer={_JSON: Page},
             problems=[422, 504],
+        ),
+        Operation(
+            "GET",
+            "/v1/rows/{key}/history",
+            handlers.history,
+            summary="What each event did to the row of a key",
+            verb="get",
+            parameters=[
+                _KEY,
+                _AT,
+                Parameter(
+                    name="steps",
+                    where="query",
+                    description="Of how many of the last events until then",
+                    schema={"type": "integer", "minimum": 1, "maximum": MOST_STEPS, "default": asked.DEFAULT_LIMIT},
+                ),
+            ],
+            answer={_JSON: RowAt},
+            problems=[404, 410, 501],
         ),
         Operation(
             "GET",
@@ -381,7 +439,10 @@ def app(settings: Settings) -> App:
         connections=CONNECTIONS,
     )
     reader = Reader(reads, settings.projection)
-    handlers = Handlers(reader, ParkedEvents(reads.parked(), settings.projection))
+    parked = ParkedEvents(reads.parked(), settings.projection)
+    history = None if settings.store_dsn is None else settings.store_dsn.get_secret_value()
+    past = Past(reader, parked, history)
+    handlers = Handlers(reader, parked, past)
 
     @asynccontextmanager
     async def lifespan(_: App) -> AsyncIterator[None]:
@@ -389,6 +450,7 @@ def app(settings: Settings) -> App:
         try:
             yield
         finally:
+            await past.close()
             await reads.close()
 
     async def ready() -> str | None:

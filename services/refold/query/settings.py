@@ -17,6 +17,9 @@ class Settings(BaseSettings):
     projection: Annotated[str, Field(pattern=r"^[a-z0-9-]+/[a-z0-9-]+$")]
     #: Where the read model is; its user needs to read the projection's schema, nothing else.
     readstore_dsn: SecretStr
+    #: The event store's database, by a login that may read the streams: for rows as they were at a moment. Without it
+    #: they are refused.
+    store_dsn: SecretStr | None = None
     #: Who decides who may call: `kubernetes`, `tokens:FILE` or `none`.
     auth: Choice = DEFAULT
     port: Annotated[int, Field(ge=0, le=65535)] = 8080

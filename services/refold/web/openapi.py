@@ -26,6 +26,7 @@ _TITLES = {
     413: "Too large",
     415: "The body's media type isn't served",
     422: "Understood, but not acceptable",
+    501: "Not served by this process as it is set up",
     503: "Not now; try again",
     504: "Not in time",
 }

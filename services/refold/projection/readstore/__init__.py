@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from refold.projection.definition import Column, ColumnType, VersionDefinition
 from refold.projection.fold import Parked, ParkedEvent, RowChange
+from refold.projection.past import Aside
 from refold.projection.unparking import Asked, Entry, ParkedRow, Settled
 from refold.projection.values import Value
 
@@ -420,6 +421,9 @@ class ParkedReads(Protocol):
 
         They are of `version` (None: the live one) and of the row `key` (None: all).
         """
+
+    async def aside(self, version: str, key: str) -> Aside:
+        """Return what `version` has set aside of the row `key`, which one partition feeds."""
 
     async def ask(self, id_: int, asked: Asked, version: str | None) -> Marked:
         """Leave a mark at a parked event of `version` (None: the live one), where there is none."""

@@ -14,6 +14,7 @@ import msgspec
 import psycopg
 from psycopg import sql
 
+from refold.projection.past import Aside
 from refold.projection.readstore import Listed, Looked, Marked, MovedError, NotFoundError
 from refold.projection.unparking import ASKED_SECONDS, Asked, Entry, ParkedRow, Settled
 
@@ -53,6 +54,13 @@ from v left join lateral (
   order by id limit %(limit)s
 ) p on true
 order by p.id
+"""
+_ASIDE = """
+select first.position, first.error,
+  array(select position from {discarded} where version = %(version)s and key = %(key)s)
+from (select) one left join lateral (
+  select position, error from {parked} where version = %(version)s and key = %(key)s order by position limit 1
+) first on true
 """
 _ASK = """
 with v as (select coalesce(%(version)s::text, (select live from {pointer})) as version), marked as (
@@ -198,8 +206,8 @@ class PostgresParkedReads:
     def __init__(self, schema: str, execute: _Execute) -> None:
         self._run = execute
         names = {table: sql.Identifier(schema, table) for table in ("versions", "pointer", "parked", "discarded")}
-        self._list, self._ask, self._look, self._withdraw = (
-            sql.SQL(text).format(**names).as_bytes() for text in (_LIST, _ASK, _LOOK, _WITHDRAW)
+        self._list, self._aside, self._ask, self._look, self._withdraw = (
+            sql.SQL(text).format(**names).as_bytes() for text in (_LIST, _ASIDE, _ASK, _LOOK, _WITHDRAW)
         )
 
     async def page(
@@ -210,6 +218,11 @@ class PostgresParkedReads:
         if not rows:
             return None
         return rows[0][0], [Listed(*row[1:]) for row in rows if row[1] is not None]
+
+    async def aside(self, version: str, key: str) -> Aside:
+        """Return what `version` has set aside of the row `key`, which one partition feeds."""
+        ((position, error, discarded),) = await self._execute(self._aside, {"version": version, "key": key})
+        return Aside(None if position is None else (position, error), frozenset(discarded))
 
     async def ask(self, id_: int, asked: Asked, version: str | None) -> Marked:
         """Leave a mark at a parked event of `version` (None: the live one), where there is none."""

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from refold.projection.definition import VersionDefinition
+from refold.projection.past import Aside
 from refold.projection.readstore import Listed, Looked, Marked, NotFoundError
 from refold.projection.readstore import redis_scripts as scripts
 from refold.projection.readstore.redis import pairs
@@ -30,6 +31,19 @@ class ParkedEntry(msgspec.Struct, frozen=True):
     def row(self) -> tuple[str, int, str | None, str | None]:
         """Partition, key and, where the key failed, subject: events with the same wait for each other."""
         return self.incarnation, self.partition, self.key, self.subject if self.key is None else None
+
+
+class _Trace(msgspec.Struct):
+    """Of what was discarded: in which version."""
+
+    version: str
+
+
+class _Discarded(msgspec.Struct):
+    """What was discarded, as Redis holds it."""
+
+    trace: _Trace
+    event: ParkedEntry
 
 
 def asked_rows(
@@ -109,6 +123,21 @@ class RedisParkedReads:
                     )
                 )
         return name.decode(), found[:most]
+
+    async def aside(self, version: str, key: str) -> Aside:
+        """Return what `version` has set aside of the row `key`, which one partition feeds."""
+        parked, changed, traces = await self._answer(scripts.ASIDE, {"version": version})
+        errors = pairs(changed)
+        entries = [
+            (entry.position, _error(entry, errors.get(str(id_).encode())))
+            for id_, entry in _decoded(pairs(parked)).items()
+            if entry.key == key
+        ]
+        gone = [msgspec.json.decode(text, type=_Discarded) for text in traces]
+        return Aside(
+            min(entries, default=None),
+            frozenset(one.event.position for one in gone if (one.trace.version, one.event.key) == (version, key)),
+        )
 
     async def ask(self, id_: int, asked: Asked, version: str | None) -> Marked:
         """Leave a mark at a parked event of `version` (None: the live one), where there is none."""

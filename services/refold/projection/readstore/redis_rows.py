@@ -16,7 +16,6 @@ import random
 import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from decimal import Decimal
 from typing import Any, NamedTuple, cast
 
 import msgspec
@@ -25,8 +24,9 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError
 from redis.retry import Retry
 
+from refold.projection.cel.errors import EvaluationError
 from refold.projection.definition import ColumnType, VersionDefinition, default_of, merges, stamped
-from refold.projection.fold import JOINS, Parked, ParkedEvent, RowChange
+from refold.projection.fold import Parked, ParkedEvent, RowChange, joined
 from refold.projection.readstore import (
     Advance,
     LiveProgress,
@@ -52,13 +52,13 @@ from refold.projection.readstore.redis import (
     version_prefix,
 )
 from refold.projection.readstore.redis_parked import ParkedEntry, asked_rows
-from refold.projection.readstore.redis_values import place, to_text, to_value
+from refold.projection.readstore.redis_values import place, to_value
+from refold.projection.texts import to_text
 from refold.projection.unparking import Entry, ParkedRow, Settled
 from refold.projection.values import Value
 
 #: How often a batch is computed again since another projector wrote one of its rows, or an index came or went.
 _TRIES = 20
-_INTEGER_MIN, _INTEGER_MAX = -(2**63), 2**63 - 1
 
 
 class RedisRows:
@@ -393,17 +393,9 @@ class _Writer:
 
 def _joined(column: _Column, old: Value, value: Value) -> Value:
     try:
-        joined = cast("Value", JOINS[cast("str", column.join)](old, value))
-    except ArithmeticError as error:
-        raise RefusedError(
-            f"the sum in the column {column.name} has more digits than a numeric column keeps"
-        ) from error
-    if column.type is not ColumnType.INTEGER:
-        return joined
-    number = int(cast("int | Decimal", joined))  # null and an integer come to a decimal
-    if not _INTEGER_MIN <= number <= _INTEGER_MAX:
-        raise RefusedError(f"{number} is beyond the 64 bits of the integer column {column.name}")
-    return number
+        return joined(cast("str", column.join), column.type, old, value)
+    except EvaluationError as error:
+        raise RefusedError(f"the column {column.name}: {error}") from error
 
 
 def _advance(one: Advance) -> list[str]:

@@ -323,6 +323,18 @@ end
 """
 )
 
+#: Answers 'unclaimed', or what a version has parked, with errors, and all that was discarded of any version.
+ASIDE = (
+    _READS
+    + """
+local base, asked = KEYS[1], cmsgpack.unpack(ARGV[1])
+if redis.call('EXISTS', base .. 'claim') == 0 then return {'unclaimed'} end
+local prefix = base .. asked.version .. ':'
+return {'ok', redis.call('HGETALL', prefix .. 'parked'), redis.call('HGETALL', prefix .. 'errors'),
+  redis.call('HVALS', base .. 'discarded')}
+"""
+)
+
 #: Answers 'unclaimed', 'none' (no such version), or the version, its definition, parked events and errors.
 LIST_PARKED = (
     _READS

@@ -1,7 +1,7 @@
 """Values of columns as Redis holds them: as text, and as bytes whose order is that of the values. Pure.
 
-A row is a hash; a column that is null has no field. The text is what an answer to a query has, so a number or a time
-stands in Redis as it is given out, exactly: no value ever becomes a double.
+A row is a hash; a column that is null has no field. The text is what an answer to a query has (`projection.texts`), so
+a number or a time stands in Redis as it is given out, exactly: no value ever becomes a double.
 
 An index is a sorted set in which all scores are 0, so that Redis orders its members byte by byte. A member is the
 `place` of the value, and the row's key after it. So one index serves equality, ranges, and an order by value and key in
@@ -17,6 +17,7 @@ import msgspec
 
 from refold.projection.definition import Column, ColumnType
 from refold.projection.readstore import KEY, After, Comparison, Condition, Order
+from refold.projection.texts import QUOTED, to_text
 from refold.projection.values import Value
 
 #: How a place begins; the greater one is null's.
@@ -29,18 +30,6 @@ _NEXT = b"\x01"
 _EXPONENT = 5000
 _COMPLEMENT = bytes.maketrans(b"0123456789", b"9876543210")
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
-
-
-def to_text(value: Value, type_: ColumnType) -> str:
-    """Return the text of a value that isn't null."""
-    if type(value) is Decimal:
-        return f"{value:f}" if value else f"{abs(value):f}"  # there is no negative zero
-    if type_ is ColumnType.BOOLEAN:
-        return "true" if value else "false"
-    if type_ is ColumnType.TIMESTAMP:
-        moment = cast("dt.datetime", value).astimezone(dt.UTC).replace(tzinfo=None)
-        return f"{moment.isoformat(timespec='microseconds')}Z"
-    return str(value)
 
 
 def to_value(text: str, type_: ColumnType) -> Value:
@@ -180,7 +169,7 @@ class Answers:
 
     def __init__(self, columns: Sequence[Column]) -> None:
         self.names = [column.name for column in columns]
-        self._quoted = [column.type in (ColumnType.TEXT, ColumnType.TIMESTAMP) for column in columns]
+        self._quoted = [column.type in QUOTED for column in columns]
         self._heads = [f"{msgspec.json.encode(name).decode()}:" for name in self.names]
 
     def json(self, texts: Sequence[bytes | None]) -> str:
