@@ -143,6 +143,8 @@ def _lose_sooner(transport: asyncio.Transport) -> None:
 
     Later than our own patience: to the kernel a client that is there and doesn't read is no better, but we count it.
     """
+    if transport.is_closing():  # the caller left before its answer began: uvloop has no socket then
+        return
     sock = transport.get_extra_info("socket")
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int((PATIENCE + _KERNEL_SECONDS) * 1000))
