@@ -325,7 +325,7 @@ async def _apply(
     role = _store_login(around, schema, "history")
     with _store_errors():
         store_dsn = await around.store.reader_login(role, credentials.password(around.key, role), readable)
-    past_dsn = await _past_login(around, schema, [folded[version] for version in versions])
+    past_dsn = await _past_login(around, around.key, schema, [folded[version] for version in versions])
     with _store_errors(), _kafka_errors():
         topics = {ref.topic for version in versions for ref in folded[version].streams}
         kafka_files, put_right = await around.access.projection(projection, topics)
@@ -382,7 +382,7 @@ def projector_image(projection: Projection, handler: Handler | None, installed: 
     return Image(name, installed.pull_policy)
 
 
-async def _past_login(around: Surroundings, schema: str, folded: Sequence[VersionDefinition]) -> str | None:
+async def _past_login(around: Surroundings, key: bytes, schema: str, folded: Sequence[VersionDefinition]) -> str | None:
     """Make the login by which query services read the histories of rows; None where rows have none of their own."""
     role = _store_login(around, schema, "past")
     refs = [ref for definition in folded if why_not(definition) is None for ref in definition.streams]
@@ -392,7 +392,7 @@ async def _past_login(around: Surroundings, schema: str, folded: Sequence[Versio
         return None
     readable = await _readable(around, refs)
     with _store_errors():
-        return await around.store.reader_login(role, credentials.password(around.key, role), readable)
+        return await around.store.reader_login(role, credentials.password(key, role), readable)
 
 
 async def _apply_one(
