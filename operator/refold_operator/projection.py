@@ -151,6 +151,7 @@ async def reconcile(projection: Projection, around: Surroundings) -> Result:
             if state.live is not None:
                 plan = _plan(projection, None, state, {})
                 deployments = await _apply(projection, around, plan.keep, found, finished=_finished(projection, state))
+                await _tell_store(projection, around, state)
                 await _drop(projection, around, plan)
             raise
         target = version
@@ -165,6 +166,7 @@ async def reconcile(projection: Projection, around: Surroundings) -> Result:
         with _readstore_errors():
             await around.readstore.try_swap(namespace=namespace, name=name, version=version)
             state = await around.readstore.status(namespace=namespace, name=name)
+        await _tell_store(projection, around, state)
         await _drop(projection, around, _plan(projection, version, state, deployments))
     except ReconcileError as error:
         problem = error
@@ -199,6 +201,7 @@ async def finalize(projection: Projection, around: Surroundings) -> None:
     with _store_errors():
         for part in ("history", "past"):
             await around.store.drop_login(_store_login(around, schema, part))
+        await around.store.drop_definition(namespace=namespace, name=name, uid=projection.metadata.uid)
     with _store_errors(), _kafka_errors():
         await around.access.drop_projection(projection)
     with _readstore_errors():
@@ -214,6 +217,20 @@ async def finalize(projection: Projection, around: Surroundings) -> None:
             raise ReconcileError(
                 "Ready", "ProcessesEnding", f"its projectors are still ending: {error}", retry_after=1.0
             ) from error
+
+
+async def _tell_store(projection: Projection, around: Surroundings, state: ProjectionStatus) -> None:
+    """Tell the event store what the live version folds, by which it folds single subjects."""
+    namespace, name, uid = projection.metadata.namespace, projection.metadata.name, projection.metadata.uid
+    with _readstore_errors():
+        made = await around.readstore.definitions(namespace=namespace, name=name)
+    with _store_errors():
+        if state.live is None or state.live not in made:
+            await around.store.drop_definition(namespace=namespace, name=name, uid=uid)
+            return
+        await around.store.set_definition(
+            namespace=namespace, name=name, uid=uid, version=state.live, definition=made[state.live].to_json()
+        )
 
 
 async def _at_its_readstore(projection: Projection, around: Surroundings) -> Surroundings:

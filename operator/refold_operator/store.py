@@ -127,6 +127,18 @@ class Store:
             await roles.ensure_login(connection, role, password, member_of=groups)
         return dsn.login(self.database.dsn, role, password)
 
+    async def set_definition(self, *, namespace: str, name: str, uid: str, version: str, definition: str) -> None:
+        """Write what the live version of a Projection folds; see `refold.eventstore.catalog.set_definition`."""
+        async with self.database.connection() as connection:
+            await catalog.set_definition(
+                connection, namespace=namespace, name=name, uid=uid, version=version, definition=definition
+            )
+
+    async def drop_definition(self, *, namespace: str, name: str, uid: str) -> None:
+        """Forget what a Projection folds."""
+        async with self.database.connection() as connection:
+            await catalog.drop_definition(connection, namespace=namespace, name=name, uid=uid)
+
     async def drop_login(self, role: str) -> None:
         """Drop a login; one that is gone is no error."""
         async with self.database.connection() as connection:

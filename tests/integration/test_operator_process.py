@@ -576,12 +576,21 @@ class Positions:
     def __init__(self, operator: Operator, namespace: str, name: str = "status") -> None:
         self.schema = f"{namespace}.{name}.read"
         self._connection = psycopg.connect(operator.admin[operator.readstore], autocommit=True)
+        self._operator, self._projection = operator, (namespace, name)
 
     def __enter__(self) -> "Positions":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._connection.close()
+
+    def told(self) -> str | None:
+        """Return of which version the event store was told what it folds."""
+        with psycopg.connect(self._operator.admin[self._operator.store]) as connection:
+            found = connection.execute(
+                "select version from refold.definitions where (namespace, name) = (%s, %s)", self._projection
+            ).fetchone()
+        return None if found is None else str(found[0])
 
     def execute(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
         cursor = self._connection.execute(statement.format(schema=f'"{self.schema}"'), parameters)
@@ -647,9 +656,11 @@ def test_a_changed_definition_is_built_beside_the_live_one_and_swapped(
     roll_out(api, namespace)
     conditions = until(lambda: api.get("projection", "status", "-n", namespace)["status"]["conditions"])
     assert {each["type"]: each["status"] for each in conditions}["Available"] == "True"
+    assert positions.told() == former
     positions.reach(version, 10)
     until(lambda: serves(api, namespace), seconds=20)
     assert live(api, namespace) == version
+    assert positions.told() == version
     until(lambda: f"status-projector-{former}" not in names(api, "deployments", namespace))
     until(lambda: f"status-projector-{former}" not in names(api, "secrets", namespace))
     until(lambda: positions.versions() == {version})
@@ -957,12 +968,14 @@ def test_a_bad_definition_is_said_and_leaves_the_live_version_alone(api: ApiServ
 
 
 def test_deleting_a_projection_drops_its_read_model_and_logins(
-    api: ApiServer, operator: Operator, namespace: str
+    api: ApiServer, operator: Operator, namespace: str, positions: Positions
 ) -> None:
     api.apply(event_stream(namespace), projection(namespace), projection(namespace, "kept", deletionPolicy="Retain"))
     until(lambda: serves(api, namespace))
     until(lambda: serves(api, namespace, "kept"))
+    assert positions.told() is not None
     api.kubectl("delete", "projections", "--all", "-n", namespace, "--timeout=30s")
+    assert positions.told() is None
     assert names(api, "deployments", namespace) == set()
     assert names(api, "secrets", namespace) == set()
     with psycopg.connect(operator.admin[operator.readstore]) as connection:

@@ -16,7 +16,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from refold import names
 from refold.projection.definition import Definition
 from refold.projection.readstore import postgres as readstore
-from refold.query import past
+from refold.query import histories
 from refold.query.server import app
 from refold.query.settings import Settings
 from refold_operator.database import Database
@@ -244,9 +244,9 @@ async def test_a_long_history_takes_its_turn_and_its_time_and_little_memory(
         loop = asyncio.get_running_loop()
         answers = await asyncio.gather(*(loop.run_in_executor(None, row, service, "long", at) for at in range(1, 12)))
         assert [data(one)["items"] for one in answers] == list(range(1, 12))
-        monkeypatch.setattr(past, "_SECONDS", 0.01)
+        monkeypatch.setattr(histories, "SECONDS", 0.01)
         assert kind(row(service, "long", 10**6)) == (503, "history-too-long")
-        monkeypatch.setattr(past, "_SECONDS", 20)
+        monkeypatch.setattr(histories, "SECONDS", 20)
         assert row(service, "long", 30_000).status == 200, "the connection is as good as another"
 
 

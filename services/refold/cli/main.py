@@ -61,8 +61,9 @@ def _run(main: Callable[[], None]) -> None:
 def eventstore(auth: _Auth = "kubernetes") -> None:
     """Serve the event store of one PostgreSQL database over HTTP."""
     from refold.eventstore.server import main
+    from refold.query import state
 
-    _run(partial(main, auth))
+    _run(partial(main, auth, state.operations))
 
 
 @app.command(rich_help_panel=_PROCESSES)

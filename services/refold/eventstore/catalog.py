@@ -53,6 +53,14 @@ class Stream(msgspec.Struct, frozen=True, kw_only=True):
     types_revision: int
 
 
+class Definition(msgspec.Struct, frozen=True, kw_only=True):
+    """What the live version of a Projection folds (JSON), and the UID of the Projection."""
+
+    uid: str
+    version: str
+    definition: str
+
+
 # A store of version 0.1.0, served until the operator has upgraded it, has no types_revision.
 _COLUMNS = sql.SQL(", ").join(
     sql.SQL("coalesce((to_jsonb(streams) ->> 'types_revision')::integer, 0) as types_revision")
@@ -317,6 +325,67 @@ async def get_stream(conn: AsyncConnection[Any], namespace: str, name: str) -> S
     """
     found = await _select(conn, sql.SQL(" where (namespace, name) = ({}, {})").format(namespace, name))
     return found[0] if found else None
+
+
+async def set_definition(
+    conn: AsyncConnection[Any], *, namespace: str, name: str, uid: str, version: str, definition: str
+) -> None:
+    """Write what the live version of a Projection folds; only where it differs.
+
+    Args:
+        conn: an administrator's connection.
+        namespace: the Projection's namespace.
+        name: the Projection's name.
+        uid: the Projection's UID; another one's of the same name, which is gone, is overwritten.
+        version: the live one.
+        definition: `refold.projection.definition.VersionDefinition` as JSON, which the event store itself never reads.
+
+    Raises:
+        NotInstalledError: `install_store` wasn't run by this release.
+    """
+    written = Definition(uid=uid, version=version, definition=definition)
+    if await get_definition(conn, namespace, name) == written:
+        return
+    async with conn.transaction(), _as_owner(conn, _store_roles(conn)["owner"]):
+        await conn.execute(
+            "insert into refold.definitions (namespace, name, uid, version, definition) values (%s, %s, %s, %s, %s) "
+            "on conflict (namespace, name) do update "
+            "set uid = excluded.uid, version = excluded.version, definition = excluded.definition",
+            [namespace, name, uid, version, definition],
+        )
+
+
+async def drop_definition(conn: AsyncConnection[Any], *, namespace: str, name: str, uid: str) -> None:
+    """Forget what a Projection folds; one of another `uid` is left alone."""
+    found = await get_definition(conn, namespace, name)
+    if found is None or found.uid != uid:
+        return
+    async with conn.transaction(), _as_owner(conn, _store_roles(conn)["owner"]):
+        await conn.execute(
+            "delete from refold.definitions where (namespace, name, uid) = (%s, %s, %s)", [namespace, name, uid]
+        )
+
+
+async def get_definition(conn: AsyncConnection[Any], namespace: str, name: str) -> Definition | None:
+    """Return what the live version of a Projection folds, None where the operator wrote none.
+
+    Raises:
+        NotInstalledError: the database holds no store, or one of an earlier release.
+    """
+    try:
+        async with conn.cursor(row_factory=class_row(Definition)) as cursor:
+            await cursor.execute(
+                "select uid, version, definition from refold.definitions where (namespace, name) = (%s, %s)",
+                [namespace, name],
+            )
+            return await cursor.fetchone()
+    except psycopg.errors.UndefinedTable as error:
+        raise NotInstalledError(
+            f"the store in database {conn.info.dbname} doesn't know what Projections fold before the operator has "
+            "upgraded it; this passes by itself"
+        ) from error
+    except psycopg.errors.InvalidSchemaName as error:
+        raise _not_installed(conn) from error
 
 
 async def list_streams(conn: AsyncConnection[Any]) -> list[Stream]:

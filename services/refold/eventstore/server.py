@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import structlog
 
@@ -16,6 +16,7 @@ from refold.web import server
 from refold.web.app import App
 from refold.web.auth.access import EVENTS
 from refold.web.auth.choice import authority
+from refold.web.openapi import Operation
 
 log = structlog.get_logger(__name__)
 
@@ -24,8 +25,17 @@ log = structlog.get_logger(__name__)
 _CLOSE_SECONDS = 2.0
 
 
-def make(settings: Settings) -> App:
-    """Return the application; it connects when it is started, and serves also while the database is away."""
+#: Makes operations on the store, which is there once the application has started.
+More = Callable[[Callable[[], EventStore]], Sequence[Operation]]
+
+
+def make(settings: Settings, more: More = lambda _: ()) -> App:
+    """Return the application; it connects when it is started, and serves also while the database is away.
+
+    Args:
+        settings: of the process.
+        more: makes further operations: of what comes after the event store, which it therefore doesn't know.
+    """
     limits = settings.limits()
     api = Api(limits)
 
@@ -51,7 +61,7 @@ def make(settings: Settings) -> App:
 
     return App(
         "Refold event store",
-        api.operations(),
+        [*api.operations(), *more(lambda: api.store)],
         authority=authority(settings.auth),
         kind=EVENTS,
         resource=http_asked.resource,
@@ -61,8 +71,11 @@ def make(settings: Settings) -> App:
     )
 
 
-def main(auth: str) -> None:
-    """Serve until SIGTERM; finish what was acknowledged. `auth` tells who may call, the environment everything else."""
+def main(auth: str, more: More) -> None:
+    """Serve until SIGTERM; finish what was acknowledged.
+
+    `auth` tells who may call, the environment everything else; for `more` see `make`.
+    """
     logs.configure("eventstore")
     settings = Settings(auth=auth)  # type: ignore[call-arg]  # from the environment
-    server.run(make(settings), settings.port)
+    server.run(make(settings, more), settings.port)

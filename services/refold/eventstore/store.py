@@ -11,7 +11,7 @@ from typing import Any, Self
 from refold.events import Event
 from refold.eventstore import appends, catalog, live, metrics, reads
 from refold.eventstore.appends import ExpectedRevision, Limits, NewEvent, SubjectAppend
-from refold.eventstore.catalog import Stream
+from refold.eventstore.catalog import Definition, Stream
 from refold.eventstore.connections import Connections
 from refold.eventstore.directory import Directory
 from refold.eventstore.errors import (
@@ -442,6 +442,15 @@ class EventStore:
             UnavailableError: it isn't known, and PostgreSQL can't be reached.
         """
         return (await self._directory.lane(namespace, name)).stream
+
+    async def definition(self, namespace: str, name: str) -> Definition | None:
+        """Return what the live version of a Projection folds, as the operator wrote it; None where it wrote none.
+
+        Raises:
+            NotInstalledError: the operator hasn't upgraded the store yet.
+            UnavailableError: PostgreSQL can't be reached.
+        """
+        return await self._control.ask(lambda conn: catalog.get_definition(conn, namespace, name), seconds=5)
 
     async def ping(self) -> None:
         """Return if the database answers now and holds a store.

@@ -10,7 +10,16 @@ from hashlib import blake2b
 
 from starlette.requests import Request
 
+from refold.projection.past import RowAt
 from refold.web.answers import JsonAnswer
+from refold.web.openapi import Parameter
+
+AT = Parameter(
+    name="at",
+    where="query",
+    description="A revision of the subject, or a time (RFC 3339): the row as it was then. Of rows that one partition "
+    "feeds alone",
+)
 
 #: A cache asks each time: who reads wants to know how fresh the rows are.
 _CACHE_CONTROL = (b"cache-control", b"no-cache")
@@ -25,6 +34,14 @@ class Rows(JsonAnswer):
         super().__init__(body, headers=headers)
         if _known(request, etag):
             self.status_code, self.body, self.raw_headers = 304, b"", headers
+
+
+def at_headers(found: RowAt) -> dict[str, str]:
+    """Return the headers that tell which event a row at a moment shows, and before which it stops."""
+    headers = {"refold-revision": str(found.revision)}
+    if found.parked is not None:
+        headers["refold-parked-revision"] = str(found.parked.revision)
+    return headers
 
 
 def _known(request: Request, etag: bytes) -> bool:

@@ -1,6 +1,6 @@
 """What a request for a page, or for changes, asks for. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Self
 
 from starlette.requests import Request
@@ -127,13 +127,28 @@ class AskedMoment(NamedTuple):
         if not request.scope["query_string"]:
             return cls(None, DEFAULT_LIMIT)
         given = _once(request, ("at", "steps") if steps else ("at",))
-        at = None
-        if "at" in given:
-            try:
-                at = parse_at(given["at"])
-            except ValueError as error:
-                raise problems.invalid_query(f"at {error}", "at") from error
-        return cls(at, _number(given.get("steps") or str(DEFAULT_LIMIT), "steps", MOST_STEPS))
+        return cls(_at(given), _number(given.get("steps") or str(DEFAULT_LIMIT), "steps", MOST_STEPS))
+
+
+class AskedState(NamedTuple):
+    """By which Projection a subject is folded, until when, and of how many of the last events what each did."""
+
+    projection: str
+    at: At | None
+    steps: int
+
+    @classmethod
+    def of(cls, request: Request) -> Self:
+        """Return what the query string asks for.
+
+        Raises:
+            Problem: 400 where a parameter is missing, wrong, unknown or given too often.
+        """
+        given = _once(request, ("projection", "at", "steps"))
+        if "projection" not in given:
+            raise problems.invalid_query("projection= says by which Projection it is folded", "projection")
+        steps = _number(given["steps"], "steps", MOST_STEPS) if "steps" in given else 0
+        return cls(given["projection"], _at(given), steps)
 
 
 def parked_id(request: Request) -> int:
@@ -168,6 +183,15 @@ def keys(given: list[str]) -> list[str]:
     if any("\0" in key for key in given):
         raise problems.invalid_key()
     return given
+
+
+def _at(given: Mapping[str, str]) -> At | None:
+    if "at" not in given:
+        return None
+    try:
+        return parse_at(given["at"])
+    except ValueError as error:
+        raise problems.invalid_query(f"at {error}", "at") from error
 
 
 def _once(request: Request, known: Sequence[str]) -> dict[str, str]:

@@ -4,10 +4,6 @@ It is read page by page in short transactions, while nobody waits but who asked.
 the row (parked and discarded events) is read before, so the row is the read model's as far as that is.
 """
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
 import psycopg
 import structlog
 
@@ -16,18 +12,14 @@ from refold.eventstore.connections import Connections
 from refold.eventstore.errors import EventStoreError, InactiveStreamError, InvalidAppendError
 from refold.eventstore.reads import Source
 from refold.projection.past import At, RowAt, RowFold, why_not
-from refold.query import problems
+from refold.query import histories, problems
+from refold.query.histories import AT_ONCE, Turns
 from refold.query.live import LiveVersion
 from refold.query.parked import ParkedEvents
 from refold.query.reader import Reader
 
 log = structlog.get_logger(__name__)
 
-#: Histories that are read at once, each over one connection; and seconds that others wait for their turn.
-_AT_ONCE = 2
-_TURN_SECONDS = 3
-#: Seconds that one may take: a million events or so.
-_SECONDS = 20
 _CATALOG_SECONDS = 5
 
 
@@ -43,8 +35,9 @@ class Past:
     def __init__(self, reader: Reader, parked: ParkedEvents, dsn: str | None) -> None:
         self._reader = reader
         self._parked = parked
-        self._turns = asyncio.Semaphore(_AT_ONCE)
-        self._connections = None if dsn is None else Connections(dsn, size=_AT_ONCE, application="refold-query-history")
+        self._turns = Turns("query service")
+        # One for each history that is read at once.
+        self._connections = None if dsn is None else Connections(dsn, size=AT_ONCE, application="refold-query-history")
 
     async def close(self) -> None:
         """Close the connections."""
@@ -64,7 +57,7 @@ class Past:
             raise problems.no_history(reason)
         if self._connections is None:
             raise problems.without_event_store()
-        async with self._turn():
+        async with self._turns.turn():
             found = await self._folded(self._connections, live, key, at, steps)
         if found.revision == 0 and found.parked is None:
             raise problems.no_events(key)
@@ -82,9 +75,7 @@ class Past:
             if stream is None or stream.incarnation != ref.incarnation:
                 raise problems.other_history(what)
             pages = reads.pages(connections, Source.of_subject(stream, key), last=at.revision, until=at.time)
-            async for page in pages:
-                if not fold.take(page):
-                    break
+            return await histories.fold(fold, pages)
         except InactiveStreamError as error:
             raise problems.other_history(what) from error
         except InvalidAppendError as error:  # no event can be about such a subject
@@ -93,20 +84,3 @@ class Past:
         except (EventStoreError, psycopg.errors.InsufficientPrivilege) as error:
             log.warning("The event store doesn't answer", error=str(error).strip())
             raise problems.history_unavailable() from error
-        return fold.result()
-
-    @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        """Be one of those few that read a history; not for too long."""
-        try:
-            async with asyncio.timeout(_TURN_SECONDS):
-                await self._turns.acquire()
-        except TimeoutError as error:
-            raise problems.overloaded(f"{_AT_ONCE} histories are folded already") from error
-        try:
-            async with asyncio.timeout(_SECONDS):
-                yield
-        except TimeoutError as error:
-            raise problems.history_too_long(_SECONDS) from error
-        finally:
-            self._turns.release()

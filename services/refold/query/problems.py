@@ -69,6 +69,29 @@ def other_history(stream: str) -> Problem:
     )
 
 
+def projection_not_found(projection: str) -> Problem:
+    """The event store wasn't told what such a Projection folds."""
+    return Problem(
+        404,
+        "projection-not-found",
+        "No such Projection",
+        f"the event store knows no live version of a Projection {projection}; has it one (kubectl describe "
+        "projection)? The operator tells the event store a moment after it goes live",
+        field="projection",
+    )
+
+
+def stream_not_folded(projection: str, stream: str, streams: Sequence[str]) -> Problem:
+    """The Projection folds other streams."""
+    return Problem(
+        400,
+        "stream-not-folded",
+        "Stream not folded",
+        f"the Projection {projection} doesn't fold the stream {stream}, but {', '.join(streams)}",
+        field="projection",
+    )
+
+
 def history_unavailable() -> Problem:
     """The event store doesn't answer."""
     return Problem(
@@ -320,12 +343,12 @@ def too_slow(detail: str) -> Problem:
     )
 
 
-def overloaded(detail: str) -> Problem:
-    """More requests wait for the read store than is good."""
+def overloaded(detail: str, service: str = "query service") -> Problem:
+    """More requests wait for a database than is good."""
     return Problem(
         503,
         "overloaded",
         "Overloaded",
-        f"{detail}; send fewer at once, or scale the query service",
+        f"{detail}; send fewer at once, or scale the {service}",
         retry_after=1,
     )

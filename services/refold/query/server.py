@@ -24,7 +24,7 @@ from refold.projection.past import MOST_STEPS, At, RowAt
 from refold.projection.readstore import stores
 from refold.projection.unparking import Verb
 from refold.query import asked, problems
-from refold.query.answers import Rows
+from refold.query.answers import AT, Rows, at_headers
 from refold.query.asked import AskedMoment, AskedPage, AskedParked
 from refold.query.changes import Changes, State
 from refold.query.filters import OPERATORS
@@ -121,15 +121,15 @@ class Handlers:
             raise problems.invalid_key()
         moment = AskedMoment.of(request, steps=True)
         found = await self._past.row(key, moment.at or At(), steps=moment.steps)
-        return Response(msgspec.json.encode(found), headers=_at(found), media_type=_JSON)
+        return Response(msgspec.json.encode(found), headers=at_headers(found), media_type=_JSON)
 
     @staticmethod
     def _row_at(request: Request, found: RowAt) -> Response:
         if found.data is None:
             problem = problems.no_row_then(found.key, found.revision, found.parked)
-            problem.headers.update(_at(found))
+            problem.headers.update(at_headers(found))
             raise problem
-        headers = [(name.encode(), value.encode()) for name, value in _at(found).items()]
+        headers = [(name.encode(), value.encode()) for name, value in at_headers(found).items()]
         return Rows(request, headers, _row(found.key, bytes(found.data).decode()))
 
     async def rows(self, request: Request) -> Response:
@@ -209,14 +209,6 @@ class Handlers:
             await self._waiting.until_applied(token, freshness)
 
 
-def _at(found: RowAt) -> dict[str, str]:
-    """Return the headers that tell which event a row at a moment shows, and before which it stops."""
-    headers = {"refold-revision": str(found.revision)}
-    if found.parked is not None:
-        headers["refold-parked-revision"] = str(found.parked.revision)
-    return headers
-
-
 def _row(key: str, data: str) -> bytes:
     return b'{"key":%b,"data":%b}' % (msgspec.json.encode(key), data.encode())
 
@@ -244,12 +236,6 @@ _WAITING = (
 
 
 _KEY = Parameter(name="key", where="path", description="The row's key", schema={"type": "string", "minLength": 1})
-_AT = Parameter(
-    name="at",
-    where="query",
-    description="A revision of the subject, or a time (RFC 3339): the row as it was then. Of rows that one partition "
-    "feeds alone",
-)
 _VERSION = Parameter(
     name="version",
     where="query",
@@ -269,7 +255,7 @@ def operations(handlers: Handlers) -> list[Operation]:
             verb="get",
             parameters=[
                 _KEY,
-                _AT,
+                AT,
                 _IF_NONE_MATCH,
                 *_WAITING,
             ],
@@ -333,7 +319,7 @@ def operations(handlers: Handlers) -> list[Operation]:
             verb="get",
             parameters=[
                 _KEY,
-                _AT,
+                AT,
                 Parameter(
                     name="steps",
                     where="query",

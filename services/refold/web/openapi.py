@@ -41,12 +41,14 @@ class Parameter:
         where: "path", "query" or "header".
         description: what it means.
         schema: its JSON Schema.
+        required: whether there is no answer without it; those of the path always are.
     """
 
     name: str
     where: str
     description: str
     schema: Mapping[str, Any] = field(default_factory=lambda: {"type": "string"})
+    required: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def document(title: str, operations: Sequence[Operation], kind: str) -> bytes:
                 {
                     "name": parameter.name,
                     "in": parameter.where,
-                    "required": parameter.where == "path",
+                    "required": parameter.required or parameter.where == "path",
                     "description": parameter.description,
                     "schema": dict(parameter.schema),
                 }
