@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -9,8 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from refold.eventstore import server
+from psycopg import AsyncConnection
+from refold.eventstore import catalog, server
 from refold.eventstore.settings import Settings
+from refold.projection.definition import VersionDefinition
+from refold.query import server as query
+from refold.query import state
+from refold.query.settings import Settings as QuerySettings
+from refold.web.app import App
 
 from hack.servers import Kafka
 from hack.servers.callers import tokens_file
@@ -18,7 +25,7 @@ from tests.integration import kubernetes_api
 from tests.integration.kubelet import Kubelet
 from tests.integration.kubernetes_api import ApiServer
 from tests.parking import TOKEN, filled, make, notes, serve
-from tests.projecting import ORDERS, World
+from tests.projecting import CUSTOMERS, ORDERS, ReadModel, World
 from tests.served import serve as serve_app
 
 
@@ -119,6 +126,91 @@ async def test_the_history_of_a_subject_is_shown_as_it_is(world: World) -> None:
         wrong = run("log", "orders", "a", "-n", "shop", "--url", service.url, environment={"REFOLD_TOKEN": "x"})
         assert wrong.code == 1
         assert "token" in wrong.err
+
+
+def query_service(model: ReadModel) -> App:
+    dsn = model.world.dsn
+    named = {"projection": f"shop/{model.name}", "readstore_dsn": dsn, "store_dsn": dsn, "auth": tokens_file(TOKEN)}
+    return query.app(QuerySettings.model_validate(named))
+
+
+def cells(table: str) -> list[list[str]]:
+    """Return the rows of a table, without its head."""
+    return [re.split(r"  +", line.strip()) for line in table.strip().split("\n")[2:]]
+
+
+async def test_a_row_is_shown_as_it_was_with_what_each_event_did(world: World) -> None:
+    model = await world.projection(ORDERS, "order-status")
+    good = {"items": 1, "total": 0.10}
+    world.store([("a/b", "Placed", good), ("a/b", "Noted\x1b[2J", {}), ("a/b", "Changed", {"items": 1, "total": 2})])
+    world.store([("a/b", "Changed", {"items": 1}), ("gone", "Placed", good), ("gone", "Purged", {})])
+    with serve_app(query_service(model), TOKEN) as service:
+        there = {"REFOLD_URL": service.url, "REFOLD_TOKEN": TOKEN}
+        shown = run("state", "order-status", "a/b", environment=there)
+        assert shown.code == 0
+        row, steps = shown.out.split("\n\n")
+        assert cells(row) == [["status", "placed"], ["items", "2"], ["total", "2.1"]]
+        assert [(one[0], one[2], one[3]) for one in cells(steps)] == [
+            ("1", "Placed", "created"),
+            ("2", "Noted\\x1b[2J", "none"),
+            ("3", "Changed", "changed"),
+            ("4", "Changed", "parked"),
+        ]
+        assert cells(steps)[0][4] == "status: – → placed, items: – → 1, total: – → 0.1"
+        assert cells(steps)[2][4] == "items: 1 → 2, total: 0.1 → 2.1"
+        assert "no field 'total'" in cells(steps)[3][4]
+        assert shown.err.startswith("the row stops before event 4, which is bad: ")
+        then = json.loads(
+            run("state", "order-status", "a/b", "--at", 2, "--steps", 1, "-o", "json", environment=there).out
+        )
+        assert (then["revision"], then["data"]["items"], len(then["steps"])) == (2, 1, 1)
+        gone = run("state", "order-status", "gone", environment=there)
+        assert (gone.code, gone.err) == (0, "")
+        assert gone.out.startswith("no row\n")
+        assert cells(gone.out.split("\n\n")[1])[1][3] == "deleted"
+        for arguments, says in [(("nobody",), "no events by then"), (("a/b", "--at", "yesterday"), "at is a revision")]:
+            refused = run("state", "order-status", *arguments, environment=there)
+            assert (refused.code, refused.out) == (1, "")
+            assert says in refused.err
+    customers = await world.projection(CUSTOMERS, "customers")
+    world.append([("x", "Placed", {"customer": "c1", "total": 5, "note": "n"})])
+    with customers.projector(), serve_app(query_service(customers), TOKEN) as service:
+        customers.wait()
+        there = {"REFOLD_URL": service.url, "REFOLD_TOKEN": TOKEN}
+        now = run("state", "customers", "c1", environment=there)
+        assert now.code == 0
+        assert ["spent", "5"] in cells(now.out)
+        assert "without what each event did: " in now.err
+        assert run("state", "customers", "c1", "--at", 1, environment=there).code == 1
+
+
+async def test_the_log_of_a_subject_shows_what_each_event_did_to_the_row_of_a_projection(world: World) -> None:
+    good = {"items": 1, "total": 0.10}
+    world.store([("a/b", "Placed", good), ("a/b", "Changed", good), ("a/b", "Purged", {}), ("a/b", "Changed", {})])
+    definition = VersionDefinition(definition=ORDERS, streams=[world.streams["orders"]])
+    async with await AsyncConnection.connect(world.dsn, autocommit=True) as conn:
+        await catalog.set_definition(
+            conn, namespace="shop", name="order-status", uid="u", version="v1", definition=definition.to_json()
+        )
+    settings = Settings.model_validate({"store_dsn": world.dsn, "auth": tokens_file(TOKEN)})
+    with serve_app(server.make(settings, state.operations), TOKEN) as service:
+        there = {"REFOLD_URL": service.url, "REFOLD_TOKEN": TOKEN}
+        log = ("log", "orders", "a/b", "-n", "shop", "--projection", "order-status")
+        table = run(*log, environment=there)
+        assert (table.code, table.err) == (0, "")
+        assert table.out.split("\n")[0].split() == ["REVISION", "TIME", "TYPE", "ID", "DATA", "EFFECT", "CHANGES"]
+        assert [one[5] for one in cells(table.out)] == ["created", "changed", "deleted", "parked"]
+        assert cells(table.out)[1][6] == "items: 1 → 2, total: 0.1 → 0.2"
+        latest = cells(run(*log, "--reverse", "--limit", 2, environment=there).out)
+        assert [(one[0], one[5]) for one in latest] == [("4", "parked"), ("3", "deleted")]
+        first = json.loads(run(*log, "--limit", 1, "-o", "json", environment=there).out)
+        assert (first["state"]["revision"], first["state"]["steps"][0]["effect"]) == (1, "created")
+        assert [event["revision"] for event in first["events"]] == [1]
+        nothing = run("log", "orders", "x", "-n", "shop", "--projection", "order-status", environment=there)
+        assert (nothing.code, cells(nothing.out)) == (0, [])
+        unknown = run("log", "orders", "a/b", "-n", "shop", "--projection", "other", environment=there)
+        assert (unknown.code, unknown.out) == (1, "")
+        assert "shop/other" in unknown.err
 
 
 @pytest.mark.parametrize(

@@ -100,4 +100,5 @@ def operator() -> None:
 
 app.add_typer(people.parked, name="parked")
 app.command()(people.log)
+app.command()(people.state)
 app.command()(people.rebuild)

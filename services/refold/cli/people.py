@@ -1,4 +1,4 @@
-"""Commands for people: parked events, and the history of a subject.
+"""Commands for people: parked events, rows as they were, and the history of a subject.
 
 Each ends with exit code 0 where all that was asked is done, 1 where a service refused or there is no way to it.
 """
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from refold.cli import rebuilding, shown
+from refold.cli import rebuilding, shown, states
 from refold.cli.reach import RefusedError, UnreachableError, Way
 from refold.cli.shown import Output
 
@@ -150,6 +150,10 @@ def log(
     limit: Annotated[int | None, typer.Option(min=1, help="How many at most; without, all.")] = None,
     reverse: Annotated[bool, typer.Option("--reverse", "-r", help="The latest first.")] = False,
     until: Annotated[str | None, typer.Option(help="Only up to this time (RFC 3339).")] = None,
+    projection: Annotated[
+        str | None,
+        typer.Option(help="Show too what each event did to the row that this Projection makes of the subject."),
+    ] = None,
     output: _Output = Output.TABLE,
     namespace: _Namespace = None,
     context: _Context = None,
@@ -163,15 +167,55 @@ def log(
     with _told():
         way = _way(url, token, token_file, context, namespace, service_account, system_namespace)
         query = {"limit": limit, "until": until, "direction": "backward" if reverse else None}
-        path = ("v1", "streams", way.in_namespace(), stream, "subjects", subject, "events")
-        found = way.to_event_store().ask("GET", *path, query=query)
+        path = ("v1", "streams", way.in_namespace(), stream, "subjects", subject)
+        client = way.to_event_store()
+        found = client.ask("GET", *path, "events", query=query)
+        if projection is not None:
+            found["state"] = states.of_events(client, path, found["events"], projection)
     if output is Output.JSON:
         shown.as_json(found)
         return
+    columns, steps = ["REVISION", "TIME", "TYPE", "ID", "DATA"], {}
+    if projection is not None:
+        columns += ["EFFECT", "CHANGES"]
+        steps = {one["revision"]: one for one in (found["state"] or {"steps": []})["steps"]}
     shown.as_table(
-        ["REVISION", "TIME", "TYPE", "ID", "DATA"],
-        ((one["revision"], one["time"], one["type"], one["id"], one["data"]) for one in found["events"]),
-    )
+        columns,
+        (
+            (
+                one["revision"], one["time"], one["type"], one["id"], one["data"],
+                *(states.differences(steps.get(one["revision"])) if projection is not None else ()),
+            )
+            for one in found["events"]
+        ),
+    )  # fmt: skip
+
+
+def state(
+    projection: _Projection,
+    key: Annotated[str, typer.Argument(help="Of the row.")],
+    at: Annotated[
+        str | None, typer.Option(help="As it was then: a revision of its subject, or a time (RFC 3339).")
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(min=1, max=states.MOST_STEPS, help="Of how many of the last events to show what each did.")
+    ] = 100,
+    output: _Output = Output.TABLE,
+    namespace: _Namespace = None,
+    context: _Context = None,
+    service_account: _ServiceAccount = None,
+    url: _Url = None,
+    token_file: _TokenFile = None,
+    token: _Token = None,
+) -> None:
+    """Show a row as it is or was, and what each event did to it."""
+    with _told():
+        client = _way(url, token, token_file, context, namespace, service_account).to_query(projection)
+        found = states.of_row(client, key, at, steps)
+    if output is Output.JSON:
+        shown.as_json(found)
+    else:
+        states.show(found)
 
 
 def rebuild(
