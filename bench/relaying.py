@@ -15,6 +15,7 @@ from refold.eventstore.catalog import Stream
 from bench.appending import reveal
 from bench.servers import Servers
 from bench.waiting import until
+from hack.servers.callers import get
 from hack.servers.platform import Service
 
 _MOST_SECONDS = 300
@@ -27,7 +28,7 @@ def running_relay(servers: Servers) -> Iterator[Service]:
     process.up()
     try:
         until(
-            lambda: httpx.get(f"{process.url}/readyz", trust_env=False).status_code == httpx.codes.OK,
+            lambda: get(f"{process.url}/readyz").status_code == httpx.codes.OK,
             "the relay is ready",
             log=process.log,
         )

@@ -14,6 +14,8 @@ from urllib.parse import quote
 import httpx
 from refold import tokens
 
+from hack.servers.callers import NO_CERTIFICATES
+
 CONTEXT = "kind-refold"
 NAMESPACE = "refold-system"
 EVENT_STORE = "http://127.0.0.1:30080"
@@ -77,7 +79,11 @@ def http(base: str, *, timeout: float = 60) -> httpx.Client:
     """Return a client of one service that sends the token of `bearer`."""
     # trust_env: a proxy of the environment must not come between us and 127.0.0.1
     return httpx.Client(
-        base_url=base, headers={"Authorization": f"Bearer {bearer()}"}, timeout=timeout, trust_env=False
+        base_url=base,
+        headers={"Authorization": f"Bearer {bearer()}"},
+        timeout=timeout,
+        trust_env=False,
+        verify=NO_CERTIFICATES,
     )
 
 

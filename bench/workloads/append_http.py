@@ -17,7 +17,7 @@ from bench.orders import OrderEvent
 from bench.result import Comparison, Run
 from bench.servers import PARTITIONS, Servers
 from bench.waiting import until
-from hack.servers.callers import TOKEN
+from hack.servers.callers import TOKEN, get
 from hack.servers.platform import Service
 
 #: Appends a second of Emmett (@event-driven-io/emmett-postgresql), 32 at once, one event each.
@@ -126,7 +126,7 @@ def started(servers: Servers) -> Service:
     process = servers.platform.eventstore()
     process.up()
     until(
-        lambda: httpx.get(f"{process.url}/readyz", trust_env=False).status_code == httpx.codes.OK,
+        lambda: get(f"{process.url}/readyz").status_code == httpx.codes.OK,
         "the event store is ready",
         log=process.log,
     )

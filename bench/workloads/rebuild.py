@@ -5,7 +5,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 
-import httpx
 from psycopg import sql
 from refold import names
 from refold.eventstore.catalog import Stream
@@ -17,6 +16,7 @@ from bench.orders import OrderEvent
 from bench.relaying import relay_all
 from bench.result import Comparison, Run
 from bench.servers import PARTITIONS, Servers
+from hack.servers.callers import get
 
 _numbers = itertools.count(1)
 
@@ -81,7 +81,7 @@ def _comparison(
 
 def _check_source(url: str, source: str, count: int) -> None:
     """Raise RuntimeError unless all events were folded from `source`, as the projector's metrics say."""
-    metrics = httpx.get(f"{url}/metrics", trust_env=False).text
+    metrics = get(f"{url}/metrics").text
     found = re.search(rf'^refold_projector_events_total{{source="{source}",.*}} (\S+)$', metrics, re.MULTILINE)
     if found is None or float(found[1]) != count:
         raise RuntimeError(f"of {count} events {found[1] if found else 'none'} were folded from the {source}")

@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Sequence
 
-import httpx
 from refold.eventstore import EventStore, NewEvent
 from refold.eventstore.catalog import Stream
 
@@ -15,6 +14,7 @@ from bench.relaying import Readers, running_relay
 from bench.result import Comparison, Run
 from bench.servers import PARTITIONS, Servers
 from bench.waiting import until
+from hack.servers.callers import get
 from hack.servers.platform import Service
 
 _STREAMS = 1_000
@@ -56,7 +56,7 @@ def _relayed(process: Service) -> float:
 
 def _values(process: Service, metric: str) -> dict[str, float]:
     """Return the values of a metric by its one label."""
-    shown = httpx.get(f"{process.url}/metrics", trust_env=False).text
+    shown = get(f"{process.url}/metrics").text
     return {label: float(value) for label, value in re.findall(rf'^{metric}{{\w+="(.*)"}} (\S+)$', shown, re.MULTILINE)}
 
 

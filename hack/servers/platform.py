@@ -23,7 +23,7 @@ from refold.projection import definition as definitions
 from refold.projection.readstore import postgres as readstore
 from refold.projection.readstore.redis import RedisStore
 
-from hack.servers.callers import TOKEN, tokens_file
+from hack.servers.callers import TOKEN, get, tokens_file
 from hack.servers.process import Process, free_port
 
 #: A broker takes a limited number of partitions in one request.
@@ -273,6 +273,6 @@ class Service(Process):
 
     def _alive(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/healthz", trust_env=False).status_code == httpx.codes.OK
+            return get(f"{self.url}/healthz").status_code == httpx.codes.OK
         except httpx.TransportError:
             return False

@@ -18,6 +18,7 @@ from psycopg.conninfo import make_conninfo
 from refold.eventstore.catalog import Stream
 
 from hack.servers import Kafka, Postgres
+from hack.servers.callers import get
 from hack.servers.platform import Platform, Service
 from tests.network import Cut, kafka_behind
 
@@ -259,7 +260,7 @@ class Fleet:
         """Tell whether a relay holds the stream's shard, as far as it can be asked."""
         assert isinstance(relay, Member)
         try:
-            told = httpx.get(f"{relay.process.url}/metrics", timeout=2, trust_env=False).text
+            told = get(f"{relay.process.url}/metrics", timeout=2).text
         except httpx.TransportError:
             return False
         return f'refold_relay_shard_held{{shard="{self._shard}"}} 1.0' in told

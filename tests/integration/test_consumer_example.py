@@ -23,7 +23,7 @@ from refold import tokens
 from refold.eventstore.catalog import Stream
 
 from hack.servers import Kafka, Postgres
-from hack.servers.callers import TOKEN
+from hack.servers.callers import TOKEN, get
 from hack.servers.platform import Platform, Service
 from hack.servers.process import Process, free_port
 
@@ -52,19 +52,19 @@ class Example(Process):
 
     def in_step(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/readyz", trust_env=False).status_code == httpx.codes.OK
+            return get(f"{self.url}/readyz").status_code == httpx.codes.OK
         except httpx.TransportError:
             return False
 
     def position(self) -> int:
         """Return how many events its state holds, in step or not; -1 while it doesn't answer."""
         try:
-            return sum(httpx.get(self.url, trust_env=False).json()["positions"].values())
+            return sum(get(self.url).json()["positions"].values())
         except httpx.TransportError:
             return -1
 
     def answer(self) -> dict[str, Any]:
-        answer: dict[str, Any] = httpx.get(self.url, trust_env=False).raise_for_status().json()
+        answer: dict[str, Any] = get(self.url).raise_for_status().json()
         return answer
 
 
@@ -152,7 +152,7 @@ class Installation:
         start = f'refold_relay_events_total{{stream="{stream.namespace}/{stream.name}"}} '
         deadline = time.monotonic() + 30
         while True:
-            metrics = httpx.get(f"{self.relay.url}/metrics", trust_env=False).text
+            metrics = get(f"{self.relay.url}/metrics").text
             relayed = sum(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(start))
             if relayed >= events:
                 return

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx
 import psycopg
 import pytest
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer
@@ -43,6 +42,7 @@ from refold_operator.kafka import Kafka
 from refold_operator.settings import AccessSettings
 
 from hack.servers import Postgres, SecuredKafka
+from hack.servers.callers import get
 from hack.servers.certificates import Authority
 from hack.servers.platform import Platform, Service
 from tests.integration import kubernetes_api
@@ -289,7 +289,7 @@ def test_a_broker_that_is_not_trusted_is_told_plainly(world: World) -> None:
 
 def why(process: Service) -> str:
     """What a process says of why it isn't ready."""
-    return httpx.get(f"{process.url}/readyz", trust_env=False).text
+    return get(f"{process.url}/readyz").text
 
 
 def logged(process: Service) -> str:
@@ -514,7 +514,7 @@ def test_a_projector_folds_over_tls_with_rights_of_its_own(world: World) -> None
             eventually(lambda: reads.execute(query.encode(), ["projected"]).fetchone())
         # read from the topic, not from the store beside it
         world.append(world.orders, "projected from the topic")
-        eventually(lambda: 'source="topic"' in httpx.get(f"{projector.url}/metrics", trust_env=False).text)
+        eventually(lambda: 'source="topic"' in get(f"{projector.url}/metrics").text)
     finally:
         projector.stop()
         relaying.stop()

@@ -27,6 +27,7 @@ from refold_operator.cluster import Cluster
 from refold_operator.delegation import Account, Delegation
 
 from hack.servers import Kafka, Postgres, Redis
+from hack.servers.callers import get
 from hack.servers.process import Process, free_port
 from tests.integration import kubernetes_api
 from tests.integration.kubernetes_api import ApiServer
@@ -86,7 +87,7 @@ class Operator:
 
     def answers(self, path: str) -> bool:
         try:
-            return httpx.get(f"http://127.0.0.1:{self.port}{path}").is_success
+            return get(f"http://127.0.0.1:{self.port}{path}").is_success
         except httpx.TransportError:
             return False
 
@@ -95,7 +96,7 @@ class Operator:
         return self._process.log.read_text()
 
     def metric(self, name: str) -> float:
-        lines = httpx.get(f"http://127.0.0.1:{self.port}/metrics").text.splitlines()
+        lines = get(f"http://127.0.0.1:{self.port}/metrics").text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 
