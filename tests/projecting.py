@@ -142,9 +142,7 @@ class World:
     async def projection(self, definition: Definition, name: str, *, rebuild: str = "") -> "ReadModel":
         refs = [self.streams[stream] for stream in definition.streams]
         version = version_of(definition, refs, rebuild=rebuild)
-        ends = {
-            ref.incarnation: await self.positions_at(definition.as_of, ref.name) for ref in refs if definition.as_of
-        }
+        ends = await self._ends(definition)
         async with await AsyncConnection.connect(self.dsn, autocommit=True) as conn:
             await postgres.claim_projection(conn, namespace=NAMESPACE, name=name, uid=name)
             await postgres.ensure_version(
@@ -152,6 +150,12 @@ class World:
                 definition=VersionDefinition(definition=definition, streams=refs, ends=ends),
             )  # fmt: skip
         return ReadModel(self, name, version, definition)
+
+    async def _ends(self, definition: Definition) -> dict[str, list[int]]:
+        if definition.as_of is None:
+            return {}
+        refs = [self.streams[stream] for stream in definition.streams]
+        return {ref.incarnation: await self.positions_at(definition.as_of, ref.name) for ref in refs}
 
     async def positions_at(self, moment: dt.datetime, name: str = "orders") -> list[int]:
         """Return the stream's last positions until `moment`, which has passed."""
@@ -162,11 +166,13 @@ class World:
             assert found is not None, "the moment hasn't passed"
             return found
 
-    async def projection_in(self, store: Store, definition: Definition, name: str) -> "StoredModel":
+    async def projection_in(
+        self, store: Store, definition: Definition, name: str, *, rebuild: str = ""
+    ) -> "StoredModel":
         """A projection in a read store of any kind."""
         refs = [self.streams[stream] for stream in definition.streams]
-        version = version_of(definition, refs)
-        stored = VersionDefinition(definition=definition, streams=refs)
+        version = version_of(definition, refs, rebuild=rebuild)
+        stored = VersionDefinition(definition=definition, streams=refs, ends=await self._ends(definition))
         await store.make(stored, namespace=NAMESPACE, name=name, version=version)
         return StoredModel(self, store, name, version, definition)
 

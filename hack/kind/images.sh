@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds Refold's images (refold/refold:dev, refold/postgres:dev, refold/kafka:dev), each unless its sources are unchanged,
-# and loads those into the cluster that it doesn't hold yet. With arguments (refold, postgres, kafka): only these.
+# Builds Refold's images (refold/refold:dev, refold/postgres:dev, refold/kafka:dev, refold/redis:dev), each unless its sources are
+# unchanged, and loads those into the cluster that it doesn't hold yet. With arguments (refold, postgres, kafka, redis): only these.
 # Prints a line per image: its name in the cluster, refold/NAME:dev-ID, which changes with its contents.
 set -euo pipefail
 # shellcheck source=common.sh
@@ -39,13 +39,14 @@ load() {
   echo "$image"
 }
 
-[ $# -gt 0 ] || set -- refold postgres kafka
+[ $# -gt 0 ] || set -- refold postgres kafka redis
 for image in "$@"; do
   case $image in
     refold) build refold . "60 s, 10 s after a change of code" .dockerignore pyproject.toml uv.lock README.md services operator ;;
     postgres) build postgres images/postgres "30 s once" ;;
     kafka) build kafka images/kafka "60 s once" ;;
-    *) die "no image named $image: refold, postgres, kafka" ;;
+    redis) build redis images/redis "15 s once" ;;
+    *) die "no image named $image: refold, postgres, kafka, redis" ;;
   esac
   load "$image"
 done

@@ -6,6 +6,6 @@ as child processes so that a test can kill, stop and restart them. `hack/servers
 
 from hack.servers.kafka import Kafka, SecuredKafka
 from hack.servers.postgres import Postgres
-from hack.servers.redis import Redis
+from hack.servers.redis import EmbeddedRedis, Redis
 
-__all__ = ["Kafka", "Postgres", "Redis", "SecuredKafka"]
+__all__ = ["EmbeddedRedis", "Kafka", "Postgres", "Redis", "SecuredKafka"]

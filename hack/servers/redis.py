@@ -1,12 +1,14 @@
-"""A private Redis server."""
+"""Private Redis servers."""
 
 import shutil
 import socket
 import tempfile
 from pathlib import Path
+from urllib.parse import quote
 
 from hack.servers.process import Process, free_port
 
+_CHART = Path(__file__).parents[2] / "charts" / "refold" / "files" / "redis"
 _SETTINGS = {
     "bind": "127.0.0.1",
     "appendonly": "yes",
@@ -21,12 +23,15 @@ class Redis:
     """A server with a data folder of its own and an append-only file, without a password."""
 
     def __init__(self, *, settings: dict[str, str] | None = None) -> None:
-        """Choose folder and port; `settings` go over the defaults."""
-        self._folder = Path(tempfile.mkdtemp(prefix="refold-redis-"))
+        """Choose folder (`folder`) and port; `settings` go over the defaults."""
+        self.folder = Path(tempfile.mkdtemp(prefix="refold-redis-"))
         self.port = free_port()
-        options = {**_SETTINGS, "dir": str(self._folder), "port": str(self.port), **(settings or {})}
+        options = {**_SETTINGS, "dir": str(self.folder), "port": str(self.port), **(settings or {})}
         arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-        self._process = Process(["redis-server", *arguments], self._folder / "log")
+        self._start_with(["redis-server", *arguments])
+
+    def _start_with(self, command: list[str], **environment: str) -> None:
+        self._process = Process(command, self.folder / "log", env=environment)
 
     def url(self, database: int = 0) -> str:
         """Return the URL of one of 512 databases, which are empty at first."""
@@ -52,7 +57,7 @@ class Redis:
     def lose(self, share: float) -> None:
         """Kill, and take a share of the append-only file's end away, as a crash of the machine might; start again."""
         self.kill()
-        log = max((self._folder / "appendonlydir").glob("*.incr.aof"))
+        log = max((self.folder / "appendonlydir").glob("*.incr.aof"))
         with log.open("r+b") as file:
             file.truncate(int(log.stat().st_size * (1 - share)))
         self.start()
@@ -60,7 +65,7 @@ class Redis:
     def remove(self) -> None:
         """Kill the server and delete its data."""
         self.kill()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _answers(self) -> bool:
         try:
@@ -69,3 +74,20 @@ class Redis:
                 return connection.recv(100).startswith(b"+PONG")
         except OSError:
             return False
+
+
+class EmbeddedRedis(Redis):
+    """A server as the chart starts it, with users in a file and the operator's among them."""
+
+    def __init__(self, password: str = "local") -> None:
+        """Choose folder and port; `password` is the operator's."""
+        super().__init__()
+        self.use(password)
+
+    def use(self, password: str) -> None:
+        """Let the operator's password be another one from the next start on; the server doesn't run."""
+        assert not self._process.running
+        command = ["sh", str(_CHART / "serve.sh"), str(_CHART / "redis.conf")]
+        settings = ["--bind", "127.0.0.1", "--port", str(self.port), "--maxmemory", "256mb"]
+        self._start_with([*command, *settings], REFOLD_REDIS_DATA=str(self.folder), REFOLD_ADMIN_PASSWORD=password)
+        self.admin_url = f"redis://refold_admin:{quote(password, safe='')}@127.0.0.1:{self.port}/0"

@@ -1,7 +1,10 @@
 """DSNs of the logins that the operator makes: the administrator's way to the database, under another name."""
 
+from urllib.parse import quote, urlsplit
+
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from refold.projection.readstore.redis import SCHEMES
 
 # What belongs to the way and not to who goes it; certificates and passfiles are the administrator's own.
 _KEPT = ("host", "hostaddr", "port", "dbname", "sslmode", "target_session_attrs", "connect_timeout")
@@ -22,3 +25,17 @@ def login(admin_dsn: str, user: str, password: str) -> str:
     """Return the DSN of `user` to the same database as `admin_dsn`."""
     parts = {name: str(value) for name, value in conninfo_to_dict(admin_dsn).items() if name in _KEPT}
     return make_conninfo(**{**parts, "user": user, "password": password})
+
+
+def check_redis(url: str) -> None:
+    """Raise ValueError, without the URL in it, where `url` isn't one of a Redis with a user."""
+    parts = urlsplit(url)
+    if not url.startswith(SCHEMES) or not parts.hostname or not parts.username or not parts.password:
+        raise ValueError("not the URL of a Redis with a user: redis://user:password@host:port/database")
+
+
+def redis_login(admin_url: str, user: str, password: str) -> str:
+    """Return the URL of `user` to the same Redis and database as `admin_url`."""
+    parts = urlsplit(admin_url)
+    host = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=f"{quote(user, safe='')}:{quote(password, safe='')}@{host}").geturl()

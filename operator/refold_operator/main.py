@@ -55,7 +55,8 @@ async def run(settings: Settings) -> None:
     for brokers in (settings.brokers(), settings.projectors()):
         if brokers is not None:
             kafka.end_when_changed(brokers)
-    redis = RedisReadStores(cluster)
+    redis_url = settings.redis_admin_url
+    redis = RedisReadStores(cluster, admin_url=None if redis_url is None else redis_url.get_secret_value())
     topics = Kafka(settings.brokers())
     access = Access(settings, topics)
     installation = Installation(

@@ -43,7 +43,7 @@ from refold_operator.errors import ForbiddenError, ReconcileError, UnreachableEr
 from refold_operator.kafka import TopicRefusedError
 from refold_operator.pace import Paces
 from refold_operator.readstore import ReadStore
-from refold_operator.redis import RedisReadStore, RedisReadStores
+from refold_operator.redis import NO_REDIS, RedisReadStore, RedisReadStores
 from refold_operator.resources import REBUILD_ANNOTATION, TAKE_OVER_ANNOTATION, Projection
 from refold_operator.status import Condition, ConditionStatus, Status
 from refold_operator.store import Store
@@ -189,7 +189,13 @@ async def finalize(projection: Projection, around: Surroundings) -> None:
         ReconcileError: a backend is away or refuses; to be tried again.
     """
     namespace, name = projection.metadata.namespace, projection.metadata.name
-    around = await _at_its_readstore(projection, around)
+    there = True
+    try:
+        around = await _at_its_readstore(projection, around)
+    except ReconcileError as error:
+        if error.reason != NO_REDIS:
+            raise
+        there = False
     with _cluster_errors():
         # The garbage collector would come for them only after the Projection is gone, and they hold tables and logins.
         for kind in ("Deployment", "Service", "Secret", "ServiceAccount"):
@@ -204,6 +210,10 @@ async def finalize(projection: Projection, around: Surroundings) -> None:
         await around.store.drop_definition(namespace=namespace, name=name, uid=projection.metadata.uid)
     with _store_errors(), _kafka_errors():
         await around.access.drop_projection(projection)
+    if not there:
+        # It was refused from the beginning, or the installation's Redis went away with all that was in it.
+        _log.info("no read store to look for the read model in", namespace=namespace, name=name)
+        return
     with _readstore_errors():
         if projection.spec.deletion_policy == "Retain":
             await around.readstore.release(namespace=namespace, name=name, uid=projection.metadata.uid)

@@ -1,14 +1,20 @@
-"""Read models in a Redis of the user's own, whose URL stands in a Secret beside the Projection.
+"""Read models in Redis: in one of the user's own, or in the installation's.
 
-The URL's user is the projectors' and query services' too: nobody gets more than the Secret gives to its namespace.
+The URL of the user's own stands in a Secret beside the Projection; its user is the projectors' and query services' too,
+so nobody gets more than the Secret gives to its namespace. In the installation's, which all namespaces share, each
+Projection has ACL users of its own that reach its keys alone.
 """
 
+import asyncio
 import base64
 import binascii
 
-from refold.projection.readstore import NotFoundError, ProjectionStatus
-from refold.projection.readstore.redis import SCHEMES, RedisStore
+from redis.exceptions import ResponseError
+from refold import names
+from refold.projection.readstore import NotFoundError, ProjectionStatus, UnavailableError, redis_logins
+from refold.projection.readstore.redis import SCHEMES, RedisStore, prefix
 
+from refold_operator import credentials, dsn
 from refold_operator.cluster import Cluster
 from refold_operator.errors import ReconcileError
 from refold_operator.readstore import Logins
@@ -16,6 +22,8 @@ from refold_operator.resources import Projection
 
 #: The key of the Secret that holds the URL.
 URL_KEY = "url"
+#: The reason where a Projection is to stand in the installation's Redis, and there is none.
+NO_REDIS = "ReadStoreMissing"
 
 
 class RedisReadStore(RedisStore):
@@ -38,33 +46,112 @@ class RedisReadStore(RedisStore):
             return ProjectionStatus(live=None, versions={})
 
 
+class SharedRedisReadStore(RedisReadStore):
+    """The installation's Redis, whose URL is the administrator's.
+
+    ACL users are kept in the server's ACL file, so that they outlive its restarts; what somebody changed about them is
+    put right when the Projection is looked at. Redis tells rights in its own words, so what is right is what it
+    answered after they were given, and each process of the operator gives them once.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Use the Redis at `url`; nothing is asked of it yet."""
+        super().__init__(url)
+        self._known: dict[str, tuple[list[str], object]] = {}
+        # A file is written by one at a time, and what one call has changed isn't kept by the end of another's.
+        self._changing = asyncio.Lock()
+
+    async def logins(self, key: bytes, *, namespace: str, name: str) -> Logins:
+        """Make the ACL users of projectors and query services, and return their URLs."""
+        rules = {"projector": redis_logins.projector, "query": redis_logins.query}
+        urls = {}
+        for part, rules_of in rules.items():
+            user = names.redis_user(namespace, name, part)
+            password = credentials.password(key, f"redis:{user}")
+            await self._ensure_user(user, redis_logins.whole(rules_of(namespace, name), password))
+            urls[part] = dsn.redis_login(self._url, user, password)
+        return Logins(**urls)
+
+    async def release(self, *, namespace: str, name: str, uid: str) -> bool:
+        """Give up the claim of `uid` with its ACL users, and leave all data; return whether there was such a claim."""
+        claim = await self._command("HGET", f"{prefix(namespace, name)}claim", "uid")
+        if claim == uid.encode():  # before the claim goes, so that a release which breaks off is done again
+            await self._drop_users(namespace, name)
+        return await super().release(namespace=namespace, name=name, uid=uid)
+
+    async def drop(self, *, namespace: str, name: str, uid: str) -> bool:
+        """Drop all that the projection has, then its ACL users; return whether it was there."""
+        dropped = await super().drop(namespace=namespace, name=name, uid=uid)
+        await self._drop_users(namespace, name)
+        return dropped
+
+    async def _ensure_user(self, user: str, wanted: list[str]) -> None:
+        async with self._changing:
+            known = self._known.pop(user, None)
+            if known is None or known != (wanted, await self._command("ACL", "GETUSER", user)):
+                await self._command("ACL", "SETUSER", user, *wanted)
+                await self._save_users()
+                known = wanted, await self._command("ACL", "GETUSER", user)
+            self._known[user] = known
+
+    async def _drop_users(self, namespace: str, name: str) -> None:
+        users = [names.redis_user(namespace, name, part) for part in ("projector", "query")]
+        async with self._changing:
+            for user in users:
+                self._known.pop(user, None)
+            await self._command("ACL", "DELUSER", *users)
+            await self._save_users()
+
+    async def _save_users(self) -> None:
+        try:
+            await self._command("ACL", "SAVE")
+        except UnavailableError as error:
+            if isinstance(error.__cause__, ResponseError):
+                raise UnavailableError(
+                    f"{error} (the installation's Redis has to keep its users in a file that it may write: aclfile)"
+                ) from error
+            raise
+
+
 class RedisReadStores:
     """The Redis of each Projection that has one; a Redis keeps its connections between reconciles."""
 
-    def __init__(self, cluster: Cluster) -> None:
-        """Read Secrets in `cluster`."""
+    def __init__(self, cluster: Cluster, *, admin_url: str | None) -> None:
+        """Read Secrets in `cluster`; `admin_url` is of the installation's Redis, where it has one."""
         self._cluster = cluster
+        self._shared = None if admin_url is None else SharedRedisReadStore(admin_url)
         self._known: dict[str, RedisReadStore] = {}
 
     async def of(self, projection: Projection) -> RedisReadStore:
-        """Return the Redis that the Projection names, which has been looked at.
+        """Return the Redis of the Projection, which has been looked at.
 
         Raises:
-            ReconcileError: its Secret is missing or holds no URL of a Redis.
+            ReconcileError: the installation has none, or the Secret is missing or holds no URL of a Redis.
             refold.projection.readstore.UnavailableError: the Redis is away, or can't keep read models.
         """
         reference = projection.spec.read_store.connection_ref
-        assert reference is not None, "the CRD lets no Projection with Redis pass without"
-        url = await self._url(projection.metadata.namespace, reference.name)
-        store = self._known.get(url)
-        if store is None:
-            store = self._known[url] = RedisReadStore(url)
+        store: RedisReadStore | None
+        if reference is None:
+            store = self._shared
+            if store is None:
+                raise ReconcileError(
+                    "Ready",
+                    NO_REDIS,
+                    "spec.readStore: this installation has no Redis of its own: make the Projection anew with "
+                    "connectionRef, which names a Secret with the URL of a Redis, or give the installation one "
+                    "(the chart's redis.adminSecret, or embedded.enabled to try it out)",
+                )
+        else:
+            url = await self._url(projection.metadata.namespace, reference.name)
+            store = self._known.get(url)
+            if store is None:
+                store = self._known[url] = RedisReadStore(url)
         await store.install()
         return store
 
     async def close(self) -> None:
         """Close all connections."""
-        for store in self._known.values():
+        for store in [*self._known.values(), *([] if self._shared is None else [self._shared])]:
             await store.close()
 
     async def _url(self, namespace: str, name: str) -> str:

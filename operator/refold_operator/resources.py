@@ -99,7 +99,7 @@ class SecretReference(_Model):
 
 
 class ReadStoreChoice(_Model):
-    """`spec.readStore` of a Projection; Redis has a connection, PostgreSQL is the installation's."""
+    """`spec.readStore` of a Projection: the installation's, or for a Redis of one's own its connection."""
 
     type: Literal["postgres", "redis"] = "postgres"
     connection_ref: SecretReference | None = Field(default=None, alias="connectionRef")

@@ -8,7 +8,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 from refold import kafka
 
-from refold_operator.dsn import check
+from refold_operator.dsn import check, check_redis
 
 
 class AccessSettings(kafka.Settings):
@@ -70,6 +70,8 @@ class Settings(AccessSettings):
     store_admin_dsn: SecretStr
     #: The same for the read store; it may be the same database.
     readstore_admin_dsn: SecretStr
+    #: The URL of the Redis where Projections stand that choose one and name none; its user may make ACL users.
+    redis_admin_url: SecretStr | None = None
     #: The image of projectors and query services: the operator's own.
     image: str
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
@@ -90,6 +92,13 @@ class Settings(AccessSettings):
     @classmethod
     def _is_a_dsn(cls, value: SecretStr) -> SecretStr:
         check(value.get_secret_value())
+        return value
+
+    @field_validator("redis_admin_url")
+    @classmethod
+    def _is_of_a_redis(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            check_redis(value.get_secret_value())
         return value
 
     @property

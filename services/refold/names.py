@@ -96,6 +96,11 @@ def resource_role(database: str, schema: str, part: str) -> str:
     return pg_identifier(f"refold_{database}:{schema}:{part}")
 
 
+def redis_user(namespace: str, name: str, part: str) -> str:
+    """Return an ACL user of a Projection in the installation's Redis; `part` is projector or query."""
+    return f"refold.{namespace}.{name}.{part}"
+
+
 def projector_name(projection: str, version: str) -> str:
     """Return the name of the projector Deployment (and of its Secret) of one version."""
     return f"{projection}-projector-{version}"

@@ -123,6 +123,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "crds.install": (False, EMBEDDED),
     "store.adminSecret": ("other", EXTERNAL),
     "readStore.adminSecret": ("other", EXTERNAL),
+    "redis.adminSecret": ("other", EXTERNAL),
     "kafka.bootstrapServers": ("other:9092", EXTERNAL),
     "kafka.replicas": (3, EXTERNAL),
     "kafka.security.protocol": ("SSL", EXTERNAL),
@@ -167,6 +168,11 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "embedded.kafka.storageClassName": ("fast", EMBEDDED),
     "embedded.kafka.heap": ("77m", EMBEDDED),
     "embedded.kafka.resources": (RESOURCES, EMBEDDED),
+    "embedded.redis.image": ("my/redis:7", EMBEDDED),
+    "embedded.redis.storage": ("7Gi", EMBEDDED),
+    "embedded.redis.storageClassName": ("fast", EMBEDDED),
+    "embedded.redis.maxmemory": ("1gb", EMBEDDED),
+    "embedded.redis.resources": (RESOURCES, EMBEDDED),
 }
 
 
@@ -267,6 +273,7 @@ def test_an_unknown_value_is_refused(parent: str) -> None:
         ("embedded.enabled", "yes"),
         ("embedded.kafka.heap", "half"),
         ("embedded.postgres.storage", "much"),
+        ("embedded.redis.maxmemory", "0"),
         ("operator.resources", {"request": {}}),
         ("store.adminSecret", "Not_A_Name"),
     ],
@@ -345,7 +352,7 @@ def test_rendered_crds_equal_the_repositorys_and_are_kept_on_uninstall() -> None
 @BOTH
 def test_every_pod_satisfies_the_restricted_pod_security_standard(values: dict[str, Any]) -> None:
     templates = dict(pods(render(values)))
-    assert len(templates) == (6 if values is EMBEDDED else 4)
+    assert len(templates) == (7 if values is EMBEDDED else 4)
     for name, template in templates.items():
         spec = template["spec"]
         security = spec["securityContext"]
@@ -441,6 +448,7 @@ def test_backends_that_are_given_are_used() -> None:
     read_secret = variables["REFOLD_READSTORE_ADMIN_DSN"]["valueFrom"]["secretKeyRef"]
     assert (secret, read_secret) == ({"name": "my-store", "key": "dsn"}, {"name": "my-read-store", "key": "dsn"})
     assert variables["REFOLD_KAFKA_BOOTSTRAP"]["value"] == EXTERNAL["kafka"]["bootstrapServers"]
+    assert "REFOLD_REDIS_ADMIN_URL" not in variables
     assert not [m for m in manifests if m["kind"] in {"StatefulSet", "ConfigMap"}]
     assert not [m for m in manifests if m["kind"] == "Secret"]
 
@@ -461,6 +469,23 @@ def test_one_password_stands_in_all_secrets_of_the_embedded_postgres() -> None:
     host = f"refold_admin:{password}@refold-postgres.{NAMESPACE}.svc:5432"
     assert one(manifests, "Secret", "refold-store-admin")["stringData"]["dsn"] == f"postgresql://{host}/refold_store"
     assert one(manifests, "Secret", "refold-readstore-admin")["stringData"]["dsn"] == f"postgresql://{host}/refold_read"
+
+
+def test_the_operator_alone_logs_in_to_redis_with_the_charts_password() -> None:
+    manifests = render(EMBEDDED)
+    password = one(manifests, "Secret", "refold-redis")["stringData"]["password"]
+    assert re.fullmatch(r"[A-Za-z0-9]{32}", password)
+    assert password != one(manifests, "Secret", "refold-postgres")["stringData"]["password"]
+    url = f"redis://refold_admin:{password}@refold-redis.{NAMESPACE}.svc:6379/0"
+    assert one(manifests, "Secret", "refold-redis-admin")["stringData"] == {"url": url}
+    assert [name for name, pod in pods(manifests) if "refold-redis-admin" in str(pod)] == ["Deployment/refold-operator"]
+    assert [name for name, pod in pods(manifests) if "'name': 'refold-redis', 'key'" in str(pod)] == [
+        "StatefulSet/refold-redis"
+    ]
+    given = render(merged(EXTERNAL, at("redis.adminSecret", "my-redis")))
+    (operator,) = one(given, "Deployment", "refold-operator")["spec"]["template"]["spec"]["containers"]
+    (url_from,) = [one["valueFrom"] for one in operator["env"] if one["name"] == "REFOLD_REDIS_ADMIN_URL"]
+    assert url_from == {"secretKeyRef": {"name": "my-redis", "key": "url"}}
 
 
 def test_values_of_0_1_come_along_and_its_shared_token_is_refused_with_what_to_do() -> None:
@@ -620,7 +645,11 @@ def test_every_pod_is_denied_all_but_what_a_policy_of_its_own_allows(values: dic
 def test_network_policies_allow_the_arrows_of_the_data_flow_only() -> None:
     manifests = render(EMBEDDED)
     labels = {name: template["metadata"]["labels"] | {"namespace": NAMESPACE} for name, template in pods(manifests)} | {
-        "projector of a tenant": {"app.kubernetes.io/part-of": "refold", "namespace": "shop"},
+        f"{part} of a tenant": {
+            "app.kubernetes.io/part-of": "refold", "app.kubernetes.io/component": part, "namespace": "shop"
+        }
+        for part in ("projector", "query", "consumer")
+    } | {
         "stranger": {"namespace": "shop"},
     }
 
@@ -639,12 +668,13 @@ def test_network_policies_allow_the_arrows_of_the_data_flow_only() -> None:
     servers: dict[str, int | str] = {
         "StatefulSet/refold-postgres": 5432,
         "StatefulSet/refold-kafka": 9092,
+        "StatefulSet/refold-redis": 6379,
         "Deployment/refold-eventstore": "http",
     }
     arrows = set()
     for client in labels:
         for server, port in servers.items():
-            leaves_ = client in {"projector of a tenant", "stranger"} or allowed(
+            leaves_ = client.endswith("tenant") or client == "stranger" or allowed(
                 policies[client.split("/")[1]].get("egress") or [], "to", server, port
             )
             if leaves_ and allowed(policies[server.split("/")[1]]["ingress"], "from", client, port):
@@ -652,14 +682,25 @@ def test_network_policies_allow_the_arrows_of_the_data_flow_only() -> None:
     assert arrows == {
         ("refold-operator", "refold-postgres"),
         ("refold-operator", "refold-kafka"),
+        ("refold-operator", "refold-redis"),
         ("refold-eventstore", "refold-postgres"),
         ("refold-relay", "refold-postgres"),
         ("refold-relay", "refold-kafka"),
-        ("projector of a tenant", "refold-postgres"),
-        ("projector of a tenant", "refold-kafka"),
-        ("projector of a tenant", "refold-eventstore"),
+        *((f"{part} of a tenant", "refold-redis") for part in ("projector", "query")),
+        *(
+            (f"{part} of a tenant", server)
+            for part in ("projector", "query", "consumer")
+            for server in ("refold-postgres", "refold-kafka", "refold-eventstore")
+        ),
         ("stranger", "refold-eventstore"),
     }
+
+
+def test_the_operator_reaches_the_embedded_redis_whatever_is_said_of_others() -> None:
+    policy = one(render(merged(EMBEDDED, at("networkPolicy.redisEgress", []))), "NetworkPolicy", "refold-operator")
+    (rule,) = [rule for rule in policy["spec"]["egress"] if {"port": 6379} in rule["ports"]]
+    (peer,) = rule["to"]
+    assert peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "redis"
 
 
 # --- embedded backends ---
@@ -682,6 +723,20 @@ def test_the_embedded_postgres_keeps_its_durability() -> None:
     assert not re.search(r"^\s*(fsync|full_page_writes|synchronous_commit)\s*=", settings, re.MULTILINE)
 
 
+def test_the_embedded_redis_keeps_every_batch_and_evicts_nothing() -> None:
+    manifests = render(EMBEDDED)
+    settings = one(manifests, "ConfigMap", "refold-redis")["data"]["redis.conf"].splitlines()
+    assert {"appendonly yes", "appendfsync always", "maxmemory-policy noeviction"} <= set(settings)
+    (redis,) = one(manifests, "StatefulSet", "refold-redis")["spec"]["template"]["spec"]["containers"]
+    assert redis["command"][-2:] == ["--maxmemory", "256mb"]
+    assert int(redis["resources"]["limits"]["memory"].removesuffix("Mi")) > 2 * 256
+
+
+def test_the_public_redis_image_is_named_where_ours_tells_what_it_stands_for() -> None:
+    image = DEFAULTS["embedded"]["redis"]["image"].removeprefix("docker.io/library/")
+    assert f"`{image}`" in (ROOT / "images" / "redis" / "Dockerfile").read_text()
+
+
 def test_the_embedded_kafka_advertises_the_address_that_clients_are_given() -> None:
     manifests = render(EMBEDDED)
     properties = one(manifests, "ConfigMap", "refold-kafka")["data"]["server.properties"]
@@ -694,6 +749,6 @@ def test_the_embedded_kafka_advertises_the_address_that_clients_are_given() -> N
 
 def test_start_scripts_pass_shellcheck() -> None:
     scripts = sorted(CHART.glob("files/*/*.sh"))
-    assert len(scripts) == 3
+    assert len(scripts) == 4
     result = subprocess.run([ROOT / ".venv/bin/shellcheck", *scripts], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout

@@ -77,6 +77,15 @@ refold-readstore-admin
 {{- end -}}
 {{- end }}
 
+{{/* Empty where the installation has no Redis. */}}
+{{- define "refold.redisAdminSecret" -}}
+{{- if .Values.embedded.enabled -}}
+refold-redis-admin
+{{- else -}}
+{{ .Values.redis.adminSecret }}
+{{- end -}}
+{{- end }}
+
 {{/* The event store's limits as variables; one that lies above what holds it can't be meant. */}}
 {{- define "refold.limits" -}}
 {{- $limits := .Values.eventstore.limits -}}
