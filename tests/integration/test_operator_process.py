@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 import psycopg
@@ -26,7 +27,7 @@ from kubernetes.aio import client, config
 from refold_operator.cluster import Cluster
 from refold_operator.delegation import Account, Delegation
 
-from hack.servers import Kafka, Postgres, Redis
+from hack.servers import EmbeddedRedis, Kafka, Postgres, Redis
 from hack.servers.callers import get
 from hack.servers.process import Process, free_port
 from tests.integration import kubernetes_api
@@ -61,20 +62,30 @@ class Operator:
             for database in databases:
                 connection.execute(f"create database {database} owner {admin}")
         self.admin = {name: postgres.dsn(name, user=admin, password="local") for name in databases}
-        self._process = Process(
-            [sys.executable, "-c", "from refold.cli.main import app; app()", "operator"],
-            Path(tempfile.mkdtemp(prefix="refold-operator-")) / "log",
-            env={
-                "KUBECONFIG": str(api.kubeconfig),
-                "REFOLD_STORE_ADMIN_DSN": self.admin[self.store],
-                "REFOLD_READSTORE_ADMIN_DSN": self.admin[self.readstore],
-                "REFOLD_KAFKA_BOOTSTRAP": kafka.bootstrap,
-                "REFOLD_IMAGE": "refold/refold:test",
-                "REFOLD_NAMESPACE": "refold-system",
-                "REFOLD_PORT": str(self.port),
-                **environment,
-            },
-        )
+        self._log = Path(tempfile.mkdtemp(prefix="refold-operator-")) / "log"
+        self._environment = {
+            "KUBECONFIG": str(api.kubeconfig),
+            "REFOLD_STORE_ADMIN_DSN": self.admin[self.store],
+            "REFOLD_READSTORE_ADMIN_DSN": self.admin[self.readstore],
+            "REFOLD_KAFKA_BOOTSTRAP": kafka.bootstrap,
+            "REFOLD_IMAGE": "refold/refold:test",
+            "REFOLD_NAMESPACE": "refold-system",
+            "REFOLD_PORT": str(self.port),
+            **environment,
+        }
+        self._process = self._made()
+
+    def _made(self, **more: str) -> Process:
+        return Process(
+            [sys.executable, "-c", "from refold.cli.main import app; app()", "operator"], self._log,
+            env=self._environment | more,
+        )  # fmt: skip
+
+    def restart(self, **more: str) -> None:
+        """Stop, and start with `more` in the environment."""
+        self._process.stop()
+        self._process = self._made(**more)
+        self.start()
 
     def start(self) -> None:
         self._process.start(lambda: self.answers("/healthz"))
@@ -269,7 +280,6 @@ RULES = [{"type": "OrderPlaced", "set": {"status": "'placed'"}}]
         (projection("default", projector={"replicas": -1}), "spec.projector.replicas"),
         (projection("default", query={"replicas": 1000}), "spec.query.replicas"),
         (projection("default", readStore={"type": "mongo"}), "spec.readStore.type"),
-        (projection("default", readStore={"type": "redis"}), "spec.readStore"),
         (projection("default", readStore={"connectionRef": {"name": "a"}}), "spec.readStore"),
         (projection("default", readStore={"type": "redis", "connectionRef": {"name": "A b"}}), "connectionRef.name"),
         (projection("default", keepPrevious="1 day"), "spec.keepPrevious"),
@@ -302,6 +312,7 @@ def test_the_api_server_refuses_a_bad_spec_and_names_the_field(
         handled("default", image="registry:5000/acme:1", version="1", keys="any", adds=["status"]),
         projection("default", "p" * 40),
         projection("default", readStore={"type": "redis", "connectionRef": {"name": "orders.redis-1"}}),
+        projection("default", readStore={"type": "redis"}),
         projection("default", readStore={}),
         projection("default", keepPrevious="0s"),
         projection("default", asOf=PAST),
@@ -402,6 +413,48 @@ def test_a_projection_in_redis_is_built_swapped_and_dropped_there(api: ApiServer
         assert connection.keys() == []
     finally:
         connection.close()
+        server.remove()
+
+
+def test_without_a_connection_a_projection_stands_in_the_installations_redis(
+    api: ApiServer, operator: Operator, namespace: str
+) -> None:
+    server = EmbeddedRedis()
+    server.start()
+    wanted = projection(namespace, readStore={"type": "redis"})
+    rule = {**RULES[0], "when": "true"}
+    with redis.Redis.from_url(server.admin_url, protocol=2) as admin:
+        admin.execute_command("ACL", "SETUSER", "all", "on", ">p", "~*", "+@all")
+    everything = redis.Redis.from_url(f"redis://all:p@127.0.0.1:{server.port}", protocol=2)
+    try:
+        for _ in range(2):
+            api.apply(event_stream(namespace), wanted)
+            becomes(api, "projection", namespace, "status", "False", "ReadStoreMissing")
+            api.kubectl("delete", "projection", "status", "-n", namespace, "--timeout=30s")
+        api.apply(wanted)
+        becomes(api, "projection", namespace, "status", "False", "ReadStoreMissing")
+        operator.restart(REFOLD_REDIS_ADMIN_URL=server.admin_url)
+        until(lambda: serves(api, namespace))
+        former = live(api, namespace)
+        for child, part in (("status-query", "query"), (f"status-projector-{former}", "projector")):
+            url = base64.b64decode(api.get("secret", child, "-n", namespace)["data"]["readstore-dsn"]).decode()
+            with redis.Redis.from_url(url, protocol=2) as connection:
+                assert urlsplit(url).username == f"refold.{namespace}.status.{part}"
+                assert connection.get(f"refold:{namespace}.status:live") == former.encode()
+        server.kill()
+        server.start()
+        api.apply(projection(namespace, readStore={"type": "redis"}, fold=[rule]))
+        until(lambda: live(api, namespace) != former)
+        until(lambda: serves(api, namespace))
+        api.apply(wanted)  # the former one again, which `keepPrevious` has kept
+        until(lambda: live(api, namespace) == former and serves(api, namespace))
+        assert len(everything.hkeys(f"refold:{namespace}.status:definitions")) == 2
+        api.kubectl("delete", "projection", "status", "-n", namespace, "--timeout=30s")
+        assert everything.keys() == []
+        assert set(everything.acl_users()) == {"all", "default", "refold_admin"}
+    finally:
+        everything.close()
+        operator.restart()
         server.remove()
 
 

@@ -1,4 +1,4 @@
-"""The installation's Redis, started as the chart does: each projection's logins do their work there, and nothing else."""
+"""The installation's Redis, as the chart starts it: each projection's logins do their work there, and nothing else."""
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -128,17 +128,17 @@ async def test_they_reach_nothing_else(server: EmbeddedRedis, shared: SharedRedi
         with client(url) as connected:
             assert connected.hget(f"{_OWN}claim", "uid") == b"u"
             for attempt in forbidden:
-                with pytest.raises(ResponseError, match=r"NOPERM|no permissions|can't (access|run)"):
+                with pytest.raises(ResponseError, match=r"no permissions|can't (access|run)"):
                     attempt(connected)
     with client(logins.projector) as connected:
         connected.hset(f"{_VERSION}row:k", "x", "y")
     with client(f"redis://127.0.0.1:{server.port}") as stranger:
         assert stranger.ping()
-        with pytest.raises(ResponseError, match="NOPERM|no permissions"):
+        with pytest.raises(ResponseError, match="no permissions"):
             stranger.hget(f"{_OWN}claim", "uid")
     with client(server.admin_url) as operator:
         for attempt in (operator.flushall, operator.config_get, operator.acl_list, operator.shutdown):
-            with pytest.raises(ResponseError, match="NOPERM|no permissions"):
+            with pytest.raises(ResponseError, match="no permissions"):
                 attempt()
 
 

@@ -644,14 +644,20 @@ def test_every_pod_is_denied_all_but_what_a_policy_of_its_own_allows(values: dic
 
 def test_network_policies_allow_the_arrows_of_the_data_flow_only() -> None:
     manifests = render(EMBEDDED)
-    labels = {name: template["metadata"]["labels"] | {"namespace": NAMESPACE} for name, template in pods(manifests)} | {
-        f"{part} of a tenant": {
-            "app.kubernetes.io/part-of": "refold", "app.kubernetes.io/component": part, "namespace": "shop"
+    labels = (
+        {name: template["metadata"]["labels"] | {"namespace": NAMESPACE} for name, template in pods(manifests)}
+        | {
+            f"{part} of a tenant": {
+                "app.kubernetes.io/part-of": "refold",
+                "app.kubernetes.io/component": part,
+                "namespace": "shop",
+            }
+            for part in ("projector", "query", "consumer")
         }
-        for part in ("projector", "query", "consumer")
-    } | {
-        "stranger": {"namespace": "shop"},
-    }
+        | {
+            "stranger": {"namespace": "shop"},
+        }
+    )
 
     def matches(peer: dict[str, Any], pod: dict[str, str]) -> bool:
         same = peer.get("namespaceSelector") == {} or pod["namespace"] == NAMESPACE
@@ -674,8 +680,10 @@ def test_network_policies_allow_the_arrows_of_the_data_flow_only() -> None:
     arrows = set()
     for client in labels:
         for server, port in servers.items():
-            leaves_ = client.endswith("tenant") or client == "stranger" or allowed(
-                policies[client.split("/")[1]].get("egress") or [], "to", server, port
+            leaves_ = (
+                client.endswith("tenant")
+                or client == "stranger"
+                or allowed(policies[client.split("/")[1]].get("egress") or [], "to", server, port)
             )
             if leaves_ and allowed(policies[server.split("/")[1]]["ingress"], "from", client, port):
                 arrows.add((client.split("/")[-1], server.split("/")[-1]))
