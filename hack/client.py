@@ -178,7 +178,7 @@ class ReadModel:
         """`timeout`: for how many seconds a query is tried again while the query service is away."""
         self.base, self._http, self._timeout = base, http(base), timeout
 
-    def get(self, path: str, *, headers: dict[str, str] | None = None, **parameters: str | int) -> httpx.Response:
+    def get(self, path: str, headers: dict[str, str] | None = None, /, **parameters: str | int) -> httpx.Response:
         """Return the answer to a GET."""
         return _persistently(
             lambda: self._http.get(path, params=parameters or None, headers=headers), timeout=self._timeout

@@ -17,7 +17,7 @@ def test_a_read_model_in_redis_is_right_after_a_crash_and_a_swap_under_load(sand
 
     appended = stream.append("a/b", [{"id": "1", "type": "OrderPlaced", "data": {"total": 12.5}}])
     written = {"Refold-Token": appended.json()["token"], "Prefer": "wait=30"}
-    found = model.get("/v1/rows", headers=written, where="status:eq:placed").raise_for_status().json()
+    found = model.get("/v1/rows", written, where="status:eq:placed").raise_for_status().json()
     row = {"status": "placed", "items": 1, "total": 12.5}
     assert [(one["key"], one["data"]) for one in found["rows"]] == [("a/b", row)]
 
