@@ -61,6 +61,18 @@ class SharedRedisReadStore(RedisReadStore):
         # A file is written by one at a time, and what one call has changed isn't kept by the end of another's.
         self._changing = asyncio.Lock()
 
+    async def install(self) -> None:
+        """See whether the Redis can keep read models, also over a restart."""
+        await super().install()
+        answer = await self._command("ACL", "GETUSER", "default")
+        rights = dict(zip(answer[::2], answer[1::2], strict=True))
+        if not rights[b"commands"].startswith(b"+@all") or b"~*" not in rights[b"keys"].split():
+            raise UnavailableError(
+                "this Redis can't keep read models: its user default lacks rights, and with that one's it reads the "
+                "append-only file, so it would lose most of it in a restart: set 'ACL SETUSER default off allkeys "
+                "allcommands' (off: nobody can log in as it)"
+            )
+
     async def logins(self, key: bytes, *, namespace: str, name: str) -> Logins:
         """Make the ACL users of projectors and query services, and return their URLs."""
         rules = {"projector": redis_logins.projector, "query": redis_logins.query}

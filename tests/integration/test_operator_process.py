@@ -451,7 +451,7 @@ def test_without_a_connection_a_projection_stands_in_the_installations_redis(
         assert len(everything.hkeys(f"refold:{namespace}.status:definitions")) == 2
         api.kubectl("delete", "projection", "status", "-n", namespace, "--timeout=30s")
         assert everything.keys() == []
-        assert set(everything.acl_users()) == {"all", "default", "refold_admin"}
+        assert set(everything.acl_users()) == {"all", "default", "probe", "refold_admin"}
     finally:
         everything.close()
         operator.restart()

@@ -1,6 +1,7 @@
 """The projector folds into every read store: rows equal a plain fold, whatever crashes."""
 
 import asyncio
+import datetime as dt
 import signal
 from collections.abc import AsyncIterator
 
@@ -15,6 +16,7 @@ from tests import served
 from tests.projecting import (
     CUSTOMERS,
     HISTORIES,
+    NAMESPACE,
     ORDERS,
     World,
     fold_customers,
@@ -130,6 +132,52 @@ async def test_positions_that_a_crash_of_redis_took_back_are_refilled(
         until(lambda: orders.caught_up() and customers.caught_up(), "both to catch up", 60)
     assert await orders.read() == fold_orders(world)
     assert await customers.read() == fold_customers(world)
+
+
+async def test_a_former_version_in_redis_folds_on_through_a_crash_and_takes_its_place_back(
+    world: World, crashing: tuple[Redis, Store]
+) -> None:
+    redis, store = crashing
+    first = await world.projection_in(store, ORDERS, "order-status")
+    second = await world.projection_in(store, ORDERS, "order-status", rebuild="again")
+    for batch, model, former in ((1, second, first), (2, first, second)):
+        world.append(random_events(700, seed=batch))
+        with first.projector(), second.projector():
+            redis.kill()
+            world.append(random_events(300, seed=10 + batch))
+            redis.start()
+            for each in (first, second):
+                each.wait(60)
+        assert await store.admin.try_swap(namespace=NAMESPACE, name="order-status", version=model.version)
+        found = await model.status()
+        assert found.live == model.version
+        assert [found.versions[one.version].retired_at is None for one in (model, former)] == [True, False]
+        assert await model.read() == fold_orders(world)
+
+
+async def test_a_moment_in_redis_is_the_fold_until_then_and_stays_so_through_a_crash(
+    world: World, crashing: tuple[Redis, Store]
+) -> None:
+    redis, store = crashing
+    world.append(random_events(500))
+    moment = dt.datetime.now(dt.UTC) + dt.timedelta(milliseconds=5)  # events have a microsecond each
+    await asyncio.sleep(0.05)
+    expected = fold_orders(world)
+    world.append(random_events(300, seed=2))
+    then = await world.projection_in(store, ORDERS.model_copy(update={"as_of": moment}), "then")
+    now = await world.projection_in(store, ORDERS, "order-status")
+    with then.projector(batch_events=37), now.projector():
+        until(lambda: sum(then.applied().values()) > 0, "some to be folded")
+        redis.lose(0.3)
+        world.append(random_events(200, seed=3))
+        now.wait(60)
+        until(lambda: sum(then.applied().values()) >= 500, "the read model to be complete", 60)
+        world.append(random_events(50, seed=4))
+        now.wait(60)
+    [version] = (await then.status()).versions.values()
+    assert version.complete
+    assert (version.position, version.lag_events) == (500, 0)
+    assert await then.read() == expected
 
 
 async def test_parked_events_are_listed_discarded_and_folded_again(world: World, store: Store) -> None:

@@ -8,6 +8,7 @@ from decimal import Decimal
 from typing import Any, get_args
 
 import pytest
+from redis import Redis as Client
 from refold import tokens
 from refold.projection.definition import Column, ColumnType, Definition, FoldRule, StreamRef, VersionDefinition
 from refold.projection.fold import RowChange
@@ -337,6 +338,37 @@ async def test_neither_operator_nor_projector_begins_with_one() -> None:
             await store.open()
         with pytest.raises(UnavailableError, match="appendonly yes"):
             store.rows()
+    finally:
+        await store.close()
+        server.remove()
+
+
+async def test_a_redis_that_is_full_refuses_batches_and_lets_projections_go() -> None:
+    server = Redis()
+    server.start()
+    store = Store(server.url())
+    try:
+        for name in ("large", "other"):
+            await store.make(definition(), name=name)
+        large, other = (store.rows(name=name) for name in ("large", "other"))
+        changes = [RowChange(f"{row}", set=random_row()) for row in range(500)]
+        large.apply(changes, [], [Advance(INCARNATION, 0, 0, 1, None, None, None)])
+        one_row = [RowChange("k", set=random_row())], [], [Advance(INCARNATION, 0, 0, 1, None, None, None)]
+        with Client.from_url(server.url()) as connection:
+            connection.config_set("maxmemory", 1)
+            for rows in (large, other):
+                with pytest.raises(UnavailableError, match="maxmemory"):
+                    rows.apply(*one_row)
+            other.see([Seen(INCARNATION, 0, 70, 2.5)])
+            # as the operator looks at the one, and does away with the other
+            await store.make(definition(), name="other")
+            assert (await store.admin.status(namespace="n", name="other")).versions["v"].lag_events == 70
+            await store.admin.drop(namespace="n", name="large", uid="large")
+            assert connection.keys("refold:n.large:*") == []
+            connection.config_set("maxmemory", 0)
+        other.apply(*one_row)
+        large.close()
+        other.close()
     finally:
         await store.close()
         server.remove()

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from redis import Redis as Client
 from redis.exceptions import AuthenticationError, ResponseError
-from refold.projection.definition import Column, Definition, FoldRule
-from refold.projection.readstore import UnavailableError
+from refold.projection.definition import Column, Definition, FoldRule, StreamRef, VersionDefinition
+from refold.projection.fold import RowChange
+from refold.projection.readstore import Advance, UnavailableError
 from refold.query.server import app
 from refold.query.settings import Settings
 from refold_operator.redis import SharedRedisReadStore
@@ -27,6 +28,11 @@ SUMS = Definition(
         FoldRule(type="Placed", add={"n": "data.n"}, set={"label": "data.label"}),
         FoldRule(type="Purged", delete=True),
     ],
+)
+
+VERSION = VersionDefinition(
+    definition=SUMS,
+    streams=[StreamRef(namespace="shop", name="orders", incarnation="i" * 16, partitions=1, topic="o", schema="o")],
 )
 
 
@@ -132,10 +138,14 @@ async def test_they_reach_nothing_else(server: EmbeddedRedis, shared: SharedRedi
                     attempt(connected)
     with client(logins.projector) as connected:
         connected.hset(f"{_VERSION}row:k", "x", "y")
-    with client(f"redis://127.0.0.1:{server.port}") as stranger:
-        assert stranger.ping()
+    with client(f"redis://127.0.0.1:{server.port}") as stranger, pytest.raises(AuthenticationError):
+        stranger.hget(f"{_OWN}claim", "uid")
+    with client(f"redis://default:any@127.0.0.1:{server.port}") as stranger, pytest.raises(AuthenticationError):
+        stranger.ping()
+    with client(f"redis://probe:any@127.0.0.1:{server.port}") as probe:
+        assert probe.ping()
         with pytest.raises(ResponseError, match="no permissions"):
-            stranger.hget(f"{_OWN}claim", "uid")
+            probe.hget(f"{_OWN}claim", "uid")
     with client(server.admin_url) as operator:
         for attempt in (operator.flushall, operator.config_get, operator.acl_list, operator.shutdown):
             with pytest.raises(ResponseError, match="no permissions"):
@@ -145,15 +155,22 @@ async def test_they_reach_nothing_else(server: EmbeddedRedis, shared: SharedRedi
 async def test_they_outlive_a_crash_and_a_new_password_of_the_operator(
     server: EmbeddedRedis, shared: SharedRedisReadStore
 ) -> None:
-    await shared.claim(namespace="shop", name="kept", uid="u")
-    logins = await shared.logins(KEY, namespace="shop", name="kept")
-    for password in ("local", "an/other"):
+    place = {"namespace": "shop", "name": "kept"}
+    await Store(server.admin_url).make(VERSION, version="0a1b2c3d", **place)
+    logins = await shared.logins(KEY, **place)
+    for position, password in enumerate(("local", "an/other")):
+        rows = Store(logins.projector).rows(version="0a1b2c3d", **place)
+        changes = [RowChange(key, set={"n": position, "label": "x"}) for key in "ab"]
+        rows.apply(changes, [], [Advance("i" * 16, 0, position, position + 1, None, None, None)])
+        rows.close()
         server.kill()
         server.use(password)
         server.start()
-        for url in (logins.projector, logins.query):
-            with client(url) as connected:
-                assert connected.hget("refold:shop.kept:claim", "uid") == b"u"
+        rows = Store(logins.projector).rows(version="0a1b2c3d", **place)
+        assert rows.read("ab", ["n"]) == {key: {"n": position} for key in "ab"}
+        assert [one.position for one in rows.positions([("i" * 16, 0)]).values()] == [position + 1]
+        rows.close()
+        assert len(await Store(logins.query).keys(**place)) == 2
     with pytest.raises(UnavailableError, match="invalid username-password pair"):
         await shared.logins(KEY, namespace="shop", name="kept")
     server.stop()
@@ -203,6 +220,26 @@ async def test_they_go_with_the_claim_and_those_of_another_resource_stay(
     assert {"refold.shop.of-another.projector", "refold.shop.of-another.query", "refold_admin"} <= set(found)
     assert not [user for user in found if "kept-rows" in user or "gone" in user]
     await shared.claim(namespace="shop", name="kept-rows", uid="v")
+
+
+async def test_a_redis_that_would_leave_out_what_its_default_user_may_not_do_is_refused() -> None:
+    server = Redis()
+    server.start()
+    store = SharedRedisReadStore(f"redis://operator:p@127.0.0.1:{server.port}/0")
+    try:
+        with client(server.url()) as connected:
+            connected.execute_command("ACL", "SETUSER", "operator", "on", ">p", "~*", "+@all")
+            await store.install()
+            connected.execute_command("ACL", "SETUSER", "default", "-flushall", "off")
+            await store.install()
+        with client(f"redis://operator:p@127.0.0.1:{server.port}/0") as connected:
+            for rules in (("-@all", "+ping"), ("allcommands", "resetkeys", "~refold:*")):
+                connected.execute_command("ACL", "SETUSER", "default", *rules)
+                with pytest.raises(UnavailableError, match="default lacks rights"):
+                    await store.install()
+    finally:
+        await store.close()
+        server.remove()
 
 
 async def test_a_redis_that_would_forget_them_is_refused(redis: Redis) -> None:

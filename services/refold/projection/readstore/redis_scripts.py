@@ -7,6 +7,8 @@ back what a script that fails has written. No number that counts is ever calcula
 
 #: A script begins so; then Redis refuses it before it begins where memory has run out, or on a replica.
 _WRITES = "#!lua\n"
+#: Or so, and runs then, too: what takes next to nothing, so that versions go, and memory with them, and lag is told.
+_MANAGES = "#!lua flags=allow-oom\n"
 _READS = "#!lua flags=no-writes\n"
 
 #: Positions are compared as decimal texts.
@@ -18,7 +20,7 @@ end
 """
 
 CLAIM = (
-    _WRITES
+    _MANAGES
     + """
 local base, uid = KEYS[1], ARGV[1]
 local owner = redis.call('HGET', base .. 'claim', 'uid')
@@ -29,7 +31,7 @@ return ''
 )
 
 RELEASE = (
-    _WRITES
+    _MANAGES
     + """
 local base, uid = KEYS[1], ARGV[1]
 if redis.call('HGET', base .. 'claim', 'uid') ~= uid then return 0 end
@@ -40,7 +42,7 @@ return 1
 
 #: Answers 'unclaimed', 'dropping', 'made' or 'there'.
 ENSURE_VERSION = (
-    _WRITES
+    _MANAGES
     + """
 local base, asked = KEYS[1], cmsgpack.unpack(ARGV[1])
 local version, prefix = asked.version, base .. asked.version .. ':'
@@ -94,7 +96,7 @@ end
 
 #: Answers 'none', 'live' or whether the version may be read now.
 SWAP = (
-    _WRITES
+    _MANAGES
     + _POSITIONS
     + """
 local base, version = KEYS[1], ARGV[1]
@@ -129,7 +131,7 @@ return 'live'
 
 #: Takes a version away from all who read and write it; its rows go later. Answers 'live', 'none' or 'dropping'.
 BEGIN_DROP = (
-    _WRITES
+    _MANAGES
     + """
 local base, version, force = KEYS[1], ARGV[1], ARGV[2]
 local prefix = base .. version .. ':'
@@ -156,7 +158,7 @@ return 'dropping'
 
 #: Deletes a version's first rows; answers how many.
 DROP_ROWS = (
-    _WRITES
+    _MANAGES
     + """
 local prefix = KEYS[1]
 local keys = redis.call('ZRANGE', prefix .. 'keys', 0, tonumber(ARGV[1]) - 1)
@@ -273,7 +275,7 @@ return ''
 
 #: Heads and lags that a projector saw, with the time, in partitions of the version.
 SEE = (
-    _WRITES
+    _MANAGES
     + """
 local prefix, asked = KEYS[1], cmsgpack.unpack(ARGV[1])
 local time = redis.call('TIME')
@@ -286,7 +288,7 @@ end
 )
 
 STOP = (
-    _WRITES
+    _MANAGES
     + """
 local prefix, field, reason = KEYS[1], ARGV[1], ARGV[2]
 if reason == '' then redis.call('HDEL', prefix .. 'stopped', field)
