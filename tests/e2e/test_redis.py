@@ -31,8 +31,8 @@ def test_a_read_model_in_redis_is_right_after_a_crash_and_a_swap_under_load(sand
     rules = changed(ORDER_STATUS)["spec"]["fold"]
     rules[0]["when"] = "true"
     sandbox.apply(changed(ORDER_STATUS, **REDIS, fold=rules), ready=False)
-    eventually(lambda: live(sandbox) not in (None, before), "the changed definition's version serves")
     load.finish()
+    eventually(lambda: live(sandbox) not in (None, before), "the changed definition's version serves")
     load.wait_folded(model)
     assert load.wrong_orders(model) == []
     assert model.row("a/b") == row
