@@ -9,7 +9,7 @@ import yaml
 
 from hack.client import CONTEXT, NAMESPACE, ReadModel, eventually, kubectl, wait_ready
 from tests.e2e.conftest import Sandbox
-from tests.e2e.orders import ORDER_STATUS, STREAM
+from tests.e2e.orders import ORDER_STATUS, STREAM, changed
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,18 +42,23 @@ def chart_with_a_changed_crd(folder: Path) -> Path:
 def test_an_upgrade_changes_the_crds_and_keeps_data_and_an_uninstall_leaves_no_finalizer(
     sandbox: Sandbox, tmp_path: Path
 ) -> None:
-    sandbox.apply(STREAM, ORDER_STATUS)
-    stream, model = sandbox.stream(), sandbox.read_model("order-status")
+    in_redis = changed(ORDER_STATUS, readStore={"type": "redis"})
+    in_redis["metadata"]["name"] = "in-redis"
+    sandbox.apply(STREAM, ORDER_STATUS, in_redis)
+    stream = sandbox.stream()
+    models = [sandbox.read_model(name) for name in ("order-status", "in-redis")]
     assert stream.append("o1", [{"id": "1", "type": "OrderPlaced", "data": {"total": 1}}]).status_code == 201
-    model.wait_applied(stream.positions)
+    for model in models:
+        model.wait_applied(stream.positions)
 
     helm("upgrade", "refold", str(chart_with_a_changed_crd(tmp_path)), "--reuse-values", "--wait", "--timeout=5m")
     crd = json.loads(kubectl("get", "crd", "eventstreams.refold.dev", "-o", "json"))
     assert "Upgraded" in [column["name"] for column in crd["spec"]["versions"][0]["additionalPrinterColumns"]]
     assert stream.append("o1", [{"id": "2", "type": "ItemAdded", "data": {"qty": 1, "price": 2}}]).status_code == 201
-    model.wait_applied(stream.positions)
     row = {"status": "placed", "items": 2, "total": 3}
-    assert model.row("o1") == row
+    for model in models:
+        model.wait_applied(stream.positions)
+        assert model.row("o1") == row
 
     values = helm("get", "values", "refold", "-o", "yaml")
     helm("uninstall", "refold", "--wait", "--timeout=5m")
@@ -62,7 +67,8 @@ def test_an_upgrade_changes_the_crds_and_keeps_data_and_an_uninstall_leaves_no_f
             left = json.loads(kubectl("get", kind, "-A", "-o", "json"))["items"]
             assert left, f"{kind} must outlive the release"
             assert [item["metadata"].get("finalizers", []) for item in left] == [[]] * len(left)
-        assert "refold-postgres" in kubectl("-n", NAMESPACE, "get", "persistentvolumeclaims", "-o", "name")
+        volumes = kubectl("-n", NAMESPACE, "get", "persistentvolumeclaims", "-o", "name")
+        assert [name in volumes for name in ("refold-postgres", "refold-redis")] == [True, True]
         eventually(lambda: not kubectl("-n", NAMESPACE, "get", "pods", "-o", "name").strip(), "the release's pods end")
     finally:
         file = tmp_path / "values.yaml"
@@ -74,12 +80,15 @@ def test_an_upgrade_changes_the_crds_and_keeps_data_and_an_uninstall_leaves_no_f
             kubectl("-n", sandbox.name, "get", "evs,proj", "-o", "jsonpath={.items[*].metadata.finalizers}").count(
                 "refold.dev/finalizer"
             )
-            == 2
+            == 3
         ),
         "the new operator takes the resources back",
     )
     wait_ready(sandbox.name)
     assert len(sandbox.stream().events("o1")) == 2
-    again = ReadModel(model.base)
-    assert eventually(lambda: again.get("/v1/status").status_code == 200, "the query pods may ask about callers again")
-    assert again.row("o1") == row
+    for model in models:
+        again = ReadModel(model.base)
+        assert eventually(
+            lambda again=again: again.get("/v1/status").status_code == 200, "the query pods may ask about callers again"
+        )
+        assert again.row("o1") == row
