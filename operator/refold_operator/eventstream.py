@@ -14,13 +14,11 @@ import structlog
 from confluent_kafka import KafkaException
 from refold import names
 from refold.eventstore import records
-from refold.eventstore.appends import MAX_TYPE_BYTES, check_text
 from refold.eventstore.catalog import Stream
-from refold.eventstore.errors import ConflictError, EventStoreError, InvalidAppendError, NotInstalledError
-from refold.eventstore.event_types import EventTypes, SchemaError
+from refold.eventstore.errors import ConflictError, EventStoreError, NotInstalledError
 from refold.kafka import CredentialsError
 
-from refold_operator import children
+from refold_operator import children, spec_guard
 from refold_operator.access import Access
 from refold_operator.cluster import Cluster, RefusedError, covers
 from refold_operator.errors import ForbiddenError, ReconcileError, UnreachableError
@@ -42,7 +40,6 @@ CONFIGURABLE = frozenset(
         "segment.bytes", "segment.jitter.ms", "segment.ms",
     }
 )  # fmt: skip
-_MESSAGE_BYTES = "max.message.bytes"
 _KAFKAS_MESSAGE_BYTES = 1024 * 1024 + 12  # Kafka's own default
 # Always set, whatever the brokers' defaults are: compaction would drop events.
 _FIXED = {"cleanup.policy": "delete"}
@@ -103,14 +100,7 @@ def plan_topic(
     """
     name = topic_name(stream)
     least = records.message_bytes(event_bytes)
-    wanted = {**_FIXED, _MESSAGE_BYTES: str(max(_KAFKAS_MESSAGE_BYTES, least)), **stream.spec.topic.config}
-    if int(wanted[_MESSAGE_BYTES]) < least:
-        return Refuse(
-            "MessageBytesTooSmall",
-            f"spec.topic.config {_MESSAGE_BYTES} is {wanted[_MESSAGE_BYTES]}; events of up to {event_bytes} bytes "
-            f"(eventstore.limits.eventBytes) need {least}, or the stream could get stuck at an event that its topic "
-            "refuses; leave it out, raise it, or lower the event store's limit",
-        )
+    wanted = {**_FIXED, spec_guard.MESSAGE_BYTES: str(max(_KAFKAS_MESSAGE_BYTES, least)), **stream.spec.topic.config}
     if claim is not None and claim.topic != name:
         return Refuse(
             "TopicImmutable",
@@ -166,23 +156,23 @@ def topic_name(stream: EventStream) -> str:
 
 
 def event_types(stream: EventStream) -> dict[str, Any] | None:
-    """Return the JSON Schema of each event type that the stream takes; None: it takes any event.
-
-    Raises:
-        ReconcileError: a name or a schema can't be used; it says which, where and why.
-    """
+    """Return the JSON Schema of each event type that the stream takes; None: it takes any event."""
     if stream.spec.events is None:
         return None
-    types = {each.name: each.json_schema for each in stream.spec.events}
-    try:
-        for name in types:
-            check_text("name", name, MAX_TYPE_BYTES)
-        EventTypes(types)
-    except (SchemaError, InvalidAppendError) as error:
-        raise ReconcileError(
-            "StoreReady", "InvalidSchema", f"spec.events: {error}. Nothing was changed; events are taken as before"
-        ) from error
-    return types
+    return {each.name: each.json_schema for each in stream.spec.events}
+
+
+def _guard(stream: EventStream, event_bytes: int) -> None:
+    """Refuse what the admission webhook refuses, where it came in nevertheless.
+
+    Raises:
+        ReconcileError: it says which field, and why.
+    """
+    problems = spec_guard.check_event_stream(stream.definition, event_bytes=event_bytes)
+    if problems:
+        condition = "TopicReady" if problems[0].path.startswith("spec.topic") else "StoreReady"
+        message = f"{spec_guard.told(problems)}. Nothing was changed; events are taken as before"
+        raise ReconcileError(condition, problems[0].reason, message)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,9 +217,9 @@ async def reconcile(
     found = ""
     claim = None
     try:
-        types = event_types(stream)
         with _store_errors():
             claim = await store.stream(stream.metadata.namespace, stream.metadata.name)
+        _guard(stream, event_bytes)
         claim, note, found = await _topic(
             stream, claim, store=store, kafka=kafka, default_replicas=default_replicas, event_bytes=event_bytes
         )
@@ -240,7 +230,7 @@ async def reconcile(
         )
         with _store_errors():
             # before the first append, and while Ready is still of the former generation
-            claim = await store.set_event_types(claim, types)
+            claim = await store.set_event_types(claim, event_types(stream))
             if claim.state != "active":
                 claim = await store.activate(claim)
             status["events"] = await store.events(claim)

@@ -34,7 +34,7 @@ from refold.projection.readstore import (
     VersionStatus,
 )
 
-from refold_operator import children, cluster, credentials
+from refold_operator import children, cluster, credentials, spec_guard
 from refold_operator.access import Access
 from refold_operator.children import Image
 from refold_operator.cluster import Cluster, Object
@@ -253,12 +253,9 @@ async def _at_its_readstore(projection: Projection, around: Surroundings) -> Sur
 
 async def _wanted(projection: Projection, around: Surroundings) -> tuple[str, VersionDefinition]:
     """Return the version that the spec asks for, and what it folds."""
-    try:
-        definition = definitions.parse(projection.definition)
-    except definitions.InvalidDefinitionError as error:
-        raise ReconcileError("Ready", error.problems[0].reason, str(error)) from error
-    except pydantic.ValidationError as error:
-        raise ReconcileError("Ready", "InvalidSpec", _first(error)) from error
+    if problems := spec_guard.check_projection(projection.definition):
+        raise ReconcileError("Ready", problems[0].reason, spec_guard.told(problems))
+    definition = definitions.parse(projection.definition)
     streams = await _streams(projection, around, definition.streams)
     refs = [
         StreamRef(
@@ -735,12 +732,6 @@ def _store_login(around: Surroundings, schema: str, part: str) -> str:
     They are others than those in a read store of the same database.
     """
     return names.resource_role(around.store.database.name, schema, part)
-
-
-def _first(error: pydantic.ValidationError) -> str:
-    problem = error.errors(include_url=False, include_context=False)[0]
-    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])
-    return f"spec{field}: {problem['msg']}"
 
 
 @contextlib.contextmanager

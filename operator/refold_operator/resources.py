@@ -78,10 +78,11 @@ class EventStreamSpec(_Model):
 
 
 class EventStream(_Model):
-    """An EventStream."""
+    """An EventStream. `definition` is the whole spec as it is."""
 
     metadata: Metadata
     spec: EventStreamSpec
+    definition: Mapping[str, Any]
     status: dict[str, Any] = {}
 
 
@@ -133,7 +134,7 @@ def event_stream(body: Mapping[str, Any]) -> EventStream:
     Raises:
         pydantic.ValidationError: the object isn't one that the CRD lets pass.
     """
-    return EventStream.model_validate(body)
+    return EventStream.model_validate({**body, "definition": body.get("spec", {})})
 
 
 def projection(body: Mapping[str, Any]) -> Projection:

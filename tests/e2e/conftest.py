@@ -1,6 +1,7 @@
 """The kind cluster with Refold installed (`make up`), a namespace a test, and the read models on 127.0.0.1."""
 
 import itertools
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from hack.client import NAMESPACE, ReadModel, Stream, kubectl, wait_ready
+from hack.client import CONTEXT, NAMESPACE, ReadModel, Stream, eventually, kubectl, wait_ready
 
+CHART = Path(__file__).parents[2] / "charts" / "refold"
 _numbers = itertools.count(1)
 #: node ports that the kind cluster maps to 127.0.0.1 (30080 to 30082 are the event store's and the demo's)
 _PORTS = range(30083, 30090)
@@ -24,6 +26,35 @@ def installation() -> Iterator[None]:
         pytest.exit(f"the e2e tests need `make up` first: {error}", returncode=1)
     yield
     kubectl("wait", "namespace", "-l", "refold.dev/test=e2e", "--for=delete", "--timeout=180s")
+
+
+def helm(*arguments: str) -> str:
+    """Run helm on the release's namespace and return what it printed."""
+    done = subprocess.run(
+        ["helm", "--kube-context", CONTEXT, "-n", NAMESPACE, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"helm {' '.join(arguments)}: {done.stderr}"
+    return done.stdout
+
+
+def scale_webhook(replicas: int) -> None:
+    """Let this many replicas of the admission webhook run, and wait until they are ready or gone."""
+    kubectl("-n", NAMESPACE, "scale", "deployment/refold-webhook", f"--replicas={replicas}")
+    kubectl("-n", NAMESPACE, "rollout", "status", "deployment/refold-webhook", "--timeout=120s")
+    eventually(lambda: len(webhook_pods()) == replicas, "the webhook's other pods end")
+
+
+def webhook_pods() -> list[str]:
+    """Return the admission webhook's pods, as `pod/NAME`."""
+    return kubectl("-n", NAMESPACE, "get", "pods", "-l", "app.kubernetes.io/component=webhook", "-o", "name").split()
+
+
+@pytest.fixture(scope="module")
+def without_webhook() -> Iterator[None]:
+    """No replica of the admission webhook runs: with `failurePolicy: Ignore` the operator alone refuses a spec."""
+    scale_webhook(0)
+    yield
+    scale_webhook(2)
 
 
 class Sandbox:

@@ -30,6 +30,7 @@ def wait_not_ready(kind: str, name: str, namespace: str, *says: str) -> dict[str
     return eventually(refused, f"{kind} {name} not ready, saying {says}")
 
 
+# What comes in while no admission webhook answers.
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -50,7 +51,7 @@ def test_a_projection_that_cannot_work_says_why_and_recovers_when_it_is_mended(
 
 
 @pytest.fixture(scope="module")
-def broken() -> Any:
+def broken(without_webhook: None) -> Any:
     sandbox = Sandbox("e2e-broken")
     sandbox.apply(STREAM)
     yield sandbox

@@ -2,30 +2,19 @@
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import yaml
 
-from hack.client import CONTEXT, NAMESPACE, ReadModel, eventually, kubectl, wait_ready
-from tests.e2e.conftest import Sandbox
+from hack.client import NAMESPACE, ReadModel, eventually, kubectl, wait_ready
+from tests.e2e.conftest import CHART, Sandbox, helm
 from tests.e2e.orders import ORDER_STATUS, STREAM, changed
-
-ROOT = Path(__file__).parents[2]
-
-
-def helm(*arguments: str) -> str:
-    done = subprocess.run(
-        ["helm", "--kube-context", CONTEXT, "-n", NAMESPACE, *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"helm {' '.join(arguments)}: {done.stderr}"
-    return done.stdout
 
 
 def chart_with_a_changed_crd(folder: Path) -> Path:
     """Return a copy of the chart whose EventStream CRD has one more printer column."""
     chart = folder / "refold"
-    shutil.copytree(ROOT / "charts" / "refold", chart)
+    shutil.copytree(CHART, chart)
     changed = 0
     for path in chart.rglob("*eventstreams*.yaml"):
         crd = yaml.safe_load(path.read_text())
@@ -73,8 +62,7 @@ def test_an_upgrade_changes_the_crds_and_keeps_data_and_an_uninstall_leaves_no_f
     finally:
         file = tmp_path / "values.yaml"
         file.write_text(values)
-        chart = str(ROOT / "charts" / "refold")
-        helm("upgrade", "--install", "refold", chart, "-f", str(file), "--wait", "--timeout=5m")
+        helm("upgrade", "--install", "refold", str(CHART), "-f", str(file), "--wait", "--timeout=5m")
     eventually(
         lambda: (
             kubectl("-n", sandbox.name, "get", "evs,proj", "-o", "jsonpath={.items[*].metadata.finalizers}").count(

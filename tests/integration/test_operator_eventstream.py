@@ -233,7 +233,7 @@ async def test_what_kafka_refuses_is_said_with_its_words(store: Store, topics: K
     assert "spec.topic" in result.conditions[0].message
     assert "broker" in result.conditions[0].message
     result = await reconcile(resource(name, topic={"config": {"min.insync.replicas": "-1"}}), store, topics)
-    assert ready(result) == ("False", "TopicRefused")
+    assert ready(result) == ("False", "InvalidField"), "the guard knows what Kafka takes"
     assert "min.insync.replicas" in result.conditions[0].message
 
 

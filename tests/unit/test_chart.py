@@ -152,6 +152,10 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "relay.replicas": (1, EMBEDDED),
     "relay.shards": (4, EMBEDDED),
     "relay.resources": (RESOURCES, EMBEDDED),
+    "webhook.enabled": (False, EMBEDDED),
+    "webhook.failurePolicy": ("Fail", EMBEDDED),
+    "webhook.replicas": (1, EMBEDDED),
+    "webhook.resources": (RESOURCES, EMBEDDED),
     "networkPolicy.enabled": (False, EMBEDDED),
     "networkPolicy.apiServerPorts": ([8443], EMBEDDED),
     "networkPolicy.postgresEgress": ([{"ports": [{"port": 5433}]}], EXTERNAL),
@@ -221,7 +225,9 @@ def test_chart_and_application_have_the_version_of_the_package() -> None:
 
 @BOTH
 def test_everything_is_in_the_release_namespace_and_named_after_refold(values: dict[str, Any]) -> None:
-    cluster_wide = {"ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition"}
+    cluster_wide = {
+        "ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition", "ValidatingWebhookConfiguration",
+    }  # fmt: skip
     for manifest in render(values):
         if manifest["kind"] != "CustomResourceDefinition":
             assert manifest["metadata"]["name"].startswith("refold-"), manifest["metadata"]
@@ -262,6 +268,9 @@ def test_an_unknown_value_is_refused(parent: str) -> None:
         ("eventstore.replicas", "2"),
         ("eventstore.liveReaders", -1),
         ("relay.shards", 0),
+        ("webhook.failurePolicy", "Warn"),
+        ("webhook.replicas", 0),
+        ("webhook.enabled", "yes"),
         ("image.pullPolicy", "Sometimes"),
         ("image.tag", "a b"),
         ("kafka.bootstrapServers", "kafka"),
@@ -304,12 +313,13 @@ def test_a_limit_above_what_holds_it_is_refused_with_both_numbers(part: str, who
 def test_the_charts_limits_are_the_defaults_of_process_and_library_and_the_operator_knows_them() -> None:
     manifests = render(EMBEDDED)
     variables = {}
-    for name in ("refold-eventstore", "refold-operator"):
+    for name in ("refold-eventstore", "refold-operator", "refold-webhook"):
         (container,) = one(manifests, "Deployment", name)["spec"]["template"]["spec"]["containers"]
         variables[name] = {each["name"]: each.get("value") for each in container["env"]}
     defaults = {f"REFOLD_{name.upper()}": str(value) for name, value in dataclasses.asdict(Limits()).items()}
     assert defaults.items() <= variables["refold-eventstore"].items()
-    assert variables["refold-operator"]["REFOLD_EVENT_BYTES"] == defaults["REFOLD_EVENT_BYTES"]
+    for name in ("refold-operator", "refold-webhook"):
+        assert variables[name]["REFOLD_EVENT_BYTES"] == defaults["REFOLD_EVENT_BYTES"]
     settings = Settings(store_dsn="x")  # type: ignore[arg-type]
     assert settings.limits() == Limits()
 
@@ -352,7 +362,7 @@ def test_rendered_crds_equal_the_repositorys_and_are_kept_on_uninstall() -> None
 @BOTH
 def test_every_pod_satisfies_the_restricted_pod_security_standard(values: dict[str, Any]) -> None:
     templates = dict(pods(render(values)))
-    assert len(templates) == (7 if values is EMBEDDED else 4)
+    assert len(templates) == (8 if values is EMBEDDED else 5)
     for name, template in templates.items():
         spec = template["spec"]
         security = spec["securityContext"]
@@ -390,9 +400,12 @@ def test_no_pod_gets_variables_named_after_services(values: dict[str, Any]) -> N
 
 
 @BOTH
-def test_only_operator_event_store_and_uninstall_hook_may_speak_to_the_api_server(values: dict[str, Any]) -> None:
+def test_only_those_that_need_it_may_speak_to_the_api_server(values: dict[str, Any]) -> None:
     with_token = {name for name, pod in pods(render(values)) if pod["spec"].get("automountServiceAccountToken", True)}
-    assert with_token == {"Deployment/refold-operator", "Deployment/refold-eventstore", "Job/refold-uninstall"}
+    assert with_token == {
+        "Deployment/refold-operator", "Deployment/refold-eventstore", "Deployment/refold-webhook",
+        "Job/refold-uninstall",
+    }  # fmt: skip
     reach = set()
     for policy in [m for m in render(values) if m["kind"] == "NetworkPolicy"]:
         for rule in policy["spec"].get("egress") or []:
@@ -425,9 +438,10 @@ def test_a_new_chart_version_alone_restarts_no_pod() -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("process", ["operator", "eventstore", "relay"])
+@pytest.mark.parametrize("process", ["operator", "eventstore", "relay", "webhook"])
 def test_the_variables_of_a_process_are_those_that_its_settings_know(process: str, values: dict[str, Any]) -> None:
-    module = "refold_operator.settings" if process == "operator" else f"refold.{process}.settings"
+    modules = {"operator": "refold_operator.settings", "webhook": "refold_operator.webhook.settings"}
+    module = modules.get(process, f"refold.{process}.settings")
     settings = importlib.import_module(module).Settings
     prefix = settings.model_config["env_prefix"]
     known = {f"{prefix}{name}".upper(): field for name, field in settings.model_fields.items()}
@@ -450,11 +464,11 @@ def test_backends_that_are_given_are_used() -> None:
     assert variables["REFOLD_KAFKA_BOOTSTRAP"]["value"] == EXTERNAL["kafka"]["bootstrapServers"]
     assert "REFOLD_REDIS_ADMIN_URL" not in variables
     assert not [m for m in manifests if m["kind"] in {"StatefulSet", "ConfigMap"}]
-    assert not [m for m in manifests if m["kind"] == "Secret"]
+    assert {m["metadata"]["name"] for m in manifests if m["kind"] == "Secret"} == {"refold-webhook"}
 
 
 def test_one_replica_gets_no_disruption_budget() -> None:
-    values = merged(EMBEDDED, at("eventstore.replicas", 1), at("relay.replicas", 1))
+    values = merged(EMBEDDED, *(at(f"{process}.replicas", 1) for process in ("eventstore", "relay", "webhook")))
     assert "PodDisruptionBudget" in {m["kind"] for m in render(EMBEDDED)}
     assert "PodDisruptionBudget" not in {m["kind"] for m in render(values)}
 
@@ -624,6 +638,55 @@ def test_who_may_view_a_namespace_reads_events_and_rows_and_only_who_may_edit_it
         ("eventstreams/events", "create"),
         ("projections/rows", "update"),
     }
+
+
+# --- admission webhook ---
+
+
+def test_the_webhook_may_change_its_own_secret_and_configuration_and_look_for_streams() -> None:
+    manifests = render(EMBEDDED)
+    role = one(manifests, "Role", "refold-webhook")
+    assert role["rules"] == [
+        {"apiGroups": [""], "resources": ["secrets"], "resourceNames": ["refold-webhook"], "verbs": ["get", "patch"]}
+    ]
+    assert one(manifests, "ClusterRole", "refold-webhook")["rules"] == [
+        {
+            "apiGroups": ["admissionregistration.k8s.io"], "resources": ["validatingwebhookconfigurations"],
+            "resourceNames": ["refold-webhook"], "verbs": ["get", "patch"],
+        },
+        {"apiGroups": ["refold.dev"], "resources": ["eventstreams"], "verbs": ["get"]},
+    ]  # fmt: skip
+    assert not {"data", "stringData"} & set(one(manifests, "Secret", "refold-webhook")), "they are the webhook's"
+
+
+def test_the_webhook_is_asked_about_specs_of_our_kinds_and_nothing_else() -> None:
+    manifests = render(EMBEDDED)
+    (webhook,) = one(manifests, "ValidatingWebhookConfiguration", "refold-webhook")["webhooks"]
+    (rule,) = webhook["rules"]
+    assert (rule["apiGroups"], rule["resources"]) == (["refold.dev"], ["eventstreams", "projections"])
+    assert set(rule["operations"]) == {"CREATE", "UPDATE"}
+    assert [each["expression"] for each in webhook["matchConditions"]] == [
+        "oldObject == null || object.spec != oldObject.spec"
+    ]
+    assert (webhook["failurePolicy"], webhook["sideEffects"]) == ("Ignore", "None")
+    assert "caBundle" not in webhook["clientConfig"], "it is the webhook's, and an upgrade must leave it alone"
+
+
+def test_the_api_server_finds_the_webhook_where_its_settings_say() -> None:
+    manifests = render(EMBEDDED)
+    settings = importlib.import_module("refold_operator.webhook.settings").Settings(namespace=NAMESPACE)
+    (webhook,) = one(manifests, "ValidatingWebhookConfiguration", settings.webhook)["webhooks"]
+    called = webhook["clientConfig"]["service"]
+    assert f"{called['name']}.{called['namespace']}.svc" == settings.host
+    (port,) = one(manifests, "Service", called["name"])["spec"]["ports"]
+    assert (port["port"], port["targetPort"]) == (called["port"], settings.review_port)
+    policy = one(manifests, "NetworkPolicy", "refold-webhook")["spec"]
+    assert policy["ingress"] == [{"ports": [{"port": settings.review_port}]}]
+
+
+def test_without_the_webhook_nothing_of_it_is_there() -> None:
+    manifests = render(merged(EMBEDDED, at("webhook.enabled", False)))
+    assert not [m["kind"] for m in manifests if m["metadata"]["name"] == "refold-webhook"]
 
 
 # --- network policies ---

@@ -1,4 +1,4 @@
-"""docs/metrics.md names the metrics that event store, relay and projector have, and no others."""
+"""docs/metrics.md names the metrics that event store, relay, projector and webhook have, and no others."""
 
 import importlib
 import re
@@ -12,6 +12,7 @@ MODULES = {
     "Event store": ["refold.eventstore.metrics", "refold.web.app", "refold.web.auth.reviews"],
     "Relay": ["refold.relay.metrics"],
     "Projector": ["refold.projection.metrics"],
+    "Webhook": ["refold_operator.webhook.metrics"],
 }
 
 

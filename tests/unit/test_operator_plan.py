@@ -136,19 +136,6 @@ class TestTopics:
         assert isinstance(planned, Create)
         assert int(planned.config["max.message.bytes"]) >= 6 * 1024 * 1024
 
-    @pytest.mark.parametrize(("message_bytes", "event_bytes"), [("700000", 512 * 1024), ("1048588", 1024 * 1024)])
-    def test_a_topic_that_would_refuse_an_accepted_event_is_refused_with_the_numbers(
-        self, message_bytes: str, event_bytes: int
-    ) -> None:
-        asked = {"topic": topic(), "claim": claim(), "kafka_cluster": CLUSTER, "default_replicas": 1}
-        planned = plan_topic(
-            stream(topic={"config": {"max.message.bytes": message_bytes}}), **asked, event_bytes=event_bytes
-        )
-        assert isinstance(planned, Refuse)
-        assert planned.reason == "MessageBytesTooSmall"
-        for part in (message_bytes, str(event_bytes), "eventstore.limits.eventBytes", "spec.topic.config"):
-            assert part in planned.message
-
     def test_a_topic_for_small_events_may_be_small(self) -> None:
         asked = {"topic": None, "claim": None, "kafka_cluster": CLUSTER, "default_replicas": 1}
         planned = plan_topic(stream(topic={"config": {"max.message.bytes": "100000"}}), **asked, event_bytes=32 * 1024)
@@ -176,24 +163,6 @@ class TestEventTypes:
         assert eventstream.event_types(stream(events=listed)) == {
             "Placed": {"type": "object"}, "Noted": True, "Never": False,
         }  # fmt: skip
-
-    @pytest.mark.parametrize(
-        ("listed", "says"),
-        [
-            ({"name": "Placed", "schema": {"properties": {"a": {"type": "strin"}}}}, "Placed at /properties/a/type"),
-            ({"name": "Placed", "schema": 7}, "object or a boolean"),
-            ({"name": "Placed", "schema": None}, "object or a boolean"),
-            ({"name": "Placed", "schema": {"$ref": "http://127.0.0.1/"}}, "Placed at /$ref"),
-            ({"name": "P\0"}, "NUL"),
-            ({"name": "é" * 128}, "256 bytes"),
-        ],
-    )
-    def test_what_cannot_be_used_is_told_with_its_type_and_place(self, listed: dict[str, Any], says: str) -> None:
-        with pytest.raises(ReconcileError) as refused:
-            eventstream.event_types(stream(events=[{"name": "Fine"}, listed]))
-        assert (refused.value.reason, refused.value.condition) == ("InvalidSchema", "StoreReady")
-        assert says in refused.value.message
-        assert "spec.events" in refused.value.message
 
 
 def owner(**spec: Any) -> resources.Projection:

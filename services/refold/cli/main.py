@@ -98,6 +98,14 @@ def operator() -> None:
     _run(main)
 
 
+@app.command(rich_help_panel=_PROCESSES)
+def webhook() -> None:
+    """Answer the API server whether EventStreams and Projections can work, before it stores them."""
+    from refold_operator.webhook.main import main
+
+    _run(main)
+
+
 app.add_typer(people.parked, name="parked")
 app.command()(people.log)
 app.command()(people.state)

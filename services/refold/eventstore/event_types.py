@@ -303,10 +303,8 @@ def _short(message: str) -> str:
 
 def _why(error: jsonschema_rs.ValidationError) -> str:
     message = _short(error.message)
-    match error.kind.name:
-        case "format" if message.startswith("Unknown format"):
-            return f"{error.instance!r} is no format that is known here"
-        case _ if message.endswith('is not a "regex"'):
-            return f"{message} in the syntax of Rust's regex (no look-around, no back-references), or is too large"
-        case _:
-            return message
+    if message.startswith("Unknown format"):
+        return f"{error.instance!r} is no format that is known here: correct it, or leave it out"
+    if message.endswith('is not a "regex"'):
+        return f"{message} in the syntax of Rust's regex (no look-around, no back-references), or is too large"
+    return message

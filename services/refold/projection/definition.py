@@ -7,7 +7,7 @@ stored in the read store as a `VersionDefinition`, from which projector and quer
 import datetime as dt
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Literal, NamedTuple
 
@@ -16,7 +16,7 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 from pydantic_core import ErrorDetails
 
 from refold.projection import cel
-from refold.projection.values import CONVERSIONS, Value
+from refold.projection.values import CONVERSIONS, Value, to_keys
 
 #: What a rule can do to a column; all but `set` depend on what stands there.
 OPERATIONS = ("set", "add", "min", "max", "append")
@@ -114,7 +114,10 @@ class Handler(_Model):
 
 
 def _in_utc(moment: dt.datetime) -> dt.datetime:
-    return moment.astimezone(dt.UTC)
+    try:
+        return moment.astimezone(dt.UTC)
+    except OverflowError:
+        raise ValueError("in UTC it is beyond the years 1 to 9999") from None
 
 
 class Definition(_Model):
@@ -207,7 +210,7 @@ def parse(spec: Mapping[str, object]) -> Definition:
         fields = [field.alias or name for name, field in Definition.model_fields.items()]
         definition = Definition.model_validate({name: spec[name] for name in fields if name in spec})
     except ValidationError as error:
-        raise InvalidDefinitionError([_malformed(details) for details in error.errors()]) from error
+        raise InvalidDefinitionError([malformed(details) for details in error.errors()]) from error
     if problems := check(definition):
         raise InvalidDefinitionError(problems)
     return definition
@@ -367,6 +370,8 @@ def _check_key(source: str) -> Iterator[Problem]:
     for kind, at in [*whole, *items]:
         message = f"a key is a string or a list of strings, not {kind.title}: use string()"
         yield Problem("spec.key", "WrongType", message, *at)
+    if not (whole or items):
+        yield from _check_constant("spec.key", expression, to_keys)
 
 
 def _check_handler(definition: Definition, handler: Handler) -> Iterator[Problem]:
@@ -413,6 +418,8 @@ def _check_rule(
             yield expression
         elif not expression.kind & cel.Kind.BOOL:
             yield Problem(f"{path}.when", "WrongType", f"when must be true or false, not {expression.kind.title}")
+        else:
+            yield from _check_constant(f"{path}.when", expression)
     used: dict[str, str] = {}
     for operation, column, source in assignments:
         place = f"{path}.{operation}.{column}"
@@ -428,8 +435,21 @@ def _check_rule(
             yield Problem(place, "WrongColumnType", message)
         elif isinstance(expression, cel.Expression) and not _fits(expression.kind, _taken(columns[column], operation)):
             yield _wrong_type(place, columns[column], operation, expression.kind)
+        elif isinstance(expression, cel.Expression):
+            yield from _check_constant(place, expression, CONVERSIONS[columns[column].type].functions[operation])
         if (other := used.setdefault(column, operation)) != operation:
             yield Problem(place, "Conflict", f"the rule has {other} for {column} as well: make two rules of it")
+
+
+def _check_constant(
+    path: str, expression: cel.Expression, take: Callable[[object], object] = lambda value: value
+) -> Iterator[Problem]:
+    """Refuse what is the same for all events and has no value, or none that `take` takes: all would be parked."""
+    if expression.constant:
+        try:
+            take(cel.function(expression.source)(None, None, None))
+        except cel.EvaluationError as error:
+            yield Problem(path, "InvalidValue", error.message, error.line, error.column)
 
 
 def _taken(column: Column, operation: str) -> cel.Kind:
@@ -497,8 +517,8 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-def _malformed(details: ErrorDetails) -> Problem:
-    """Return pydantic's error as a problem."""
+def malformed(details: ErrorDetails) -> Problem:
+    """Return pydantic's error about a spec as a problem."""
     path = "spec" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in details["loc"])
     message = details["msg"]
     if details["type"] == "string_type":

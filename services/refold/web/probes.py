@@ -1,4 +1,4 @@
-"""Probes and metrics of a process that serves nothing else over HTTP (relay, projector)."""
+"""Probes and metrics of a process that serves nothing else over plain HTTP (relay, projector, webhook)."""
 
 import threading
 from collections.abc import Callable

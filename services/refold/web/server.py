@@ -5,12 +5,15 @@ import gc
 import resource
 import signal
 import socket
+import ssl
 import time
 from types import FrameType
+from typing import Protocol as Interface
 from typing import cast
 
 import structlog
 import uvicorn
+from starlette.types import Receive, Scope, Send
 
 from refold.web.app import App
 from refold.web.protocol import Protocol
@@ -26,6 +29,16 @@ KEEP_ALIVE_SECONDS = 75
 _GC_THRESHOLDS = (10_000, 20, 20)
 
 
+class Service(Interface):
+    """An ASGI application that can be told of a stop, such as `App`."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection scope."""
+
+    def stop(self) -> None:
+        """End answers without an end: what is under way is waited for after this."""
+
+
 def listen(port: int, host: str = "") -> socket.socket:
     """Return a listening socket on all addresses, IPv6 and IPv4 (or on `host` alone); port 0 takes a free one."""
     if host:
@@ -35,8 +48,11 @@ def listen(port: int, host: str = "") -> socket.socket:
     return socket.create_server(("", port), backlog=2048)
 
 
-def make(app: App) -> uvicorn.Server:
-    """Return a uvicorn server for `app`, to be run with `run`, or in a test with `await serve(sockets=[listen(0)])`."""
+def make(app: Service, *, tls: ssl.SSLContext | None = None) -> uvicorn.Server:
+    """Return a uvicorn server for `app`, to be run with `run`, or in a loop with `await serve(sockets=[listen(0)])`.
+
+    Where `tls` is given, it is what new connections begin with at any time: a certificate loaded later holds for them.
+    """
     return _Server(
         app,
         uvicorn.Config(
@@ -51,6 +67,7 @@ def make(app: App) -> uvicorn.Server:
             server_header=False,
             backlog=2048,
             timeout_graceful_shutdown=GRACE_SECONDS,
+            ssl_context_factory=None if tls is None else lambda *_: tls,
         ),
     )
 
@@ -86,7 +103,7 @@ def _done(_signal: int, _frame: FrameType | None) -> None:
 class _Server(uvicorn.Server):
     """uvicorn's server: closes idle connections, and tells the application of a stop before it waits for requests."""
 
-    def __init__(self, app: App, config: uvicorn.Config) -> None:
+    def __init__(self, app: Service, config: uvicorn.Config) -> None:
         super().__init__(config)
         self._app = app
 
