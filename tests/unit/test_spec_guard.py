@@ -88,6 +88,21 @@ def test_problems_of_the_definition_and_of_the_processes_are_told_together() -> 
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("columns", [{"name": "Total", "type": "numeric"}], "beginning with a letter"),
+        ("handler", {"image": "acme:7", "version": "7", "function": "project"}, "like acme.orders:project"),
+        ("handler", {"image": "acme 7", "version": "7", "function": "acme:project"}, "has no blanks"),
+        ("asOf", "0001-01-01T00:00:00+14:00", "spec.asOf: in UTC it is beyond"),
+    ],
+)
+def test_a_form_that_is_not_met_is_told_in_words(field: str, value: Any, says: str) -> None:
+    spec = {"streams": ["orders"], "columns": [{"name": "a", "type": "text"}], "fold": [{"type": "A", "delete": True}]}
+    (problem,) = spec_guard.check_projection({**spec, field: value})
+    assert says in str(problem)
+
+
 def test_a_projection_that_would_take_long_to_check_is_refused_at_once() -> None:
     fold = [{"type": f"T{n}", "set": {"a": "'" + "x" * 2000 + "'"}} for n in range(150)]
     spec = {"streams": ["o"], "columns": [{"name": "a", "type": "text"}], "fold": fold}

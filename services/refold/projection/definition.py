@@ -517,16 +517,24 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
+#: What the fields that have a pattern look like, in words.
+_FORMS = {
+    "name": "lower-case letters, digits and _, beginning with a letter, at most 40 characters",
+    "function": "the module and the function in it, like acme.orders:project",
+    "image": "an image's name has no blanks",
+}
+
+
 def malformed(details: ErrorDetails) -> Problem:
     """Return pydantic's error about a spec as a problem."""
     path = "spec" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in details["loc"])
-    message = details["msg"]
+    message = details["msg"].removeprefix("Value error, ")
     if details["type"] == "string_type":
         message += ": write expressions and names in quotes"
     elif details["type"] == "extra_forbidden":
         message = "there is no such field: correct its name or remove it"
     elif details["type"] == "string_pattern_mismatch":
-        message += ": lower-case letters, digits and _, beginning with a letter, at most 40 characters"
+        message += f": {_FORMS[str(details['loc'][-1])]}"
     return Problem(path, "InvalidField", message)
 
 
