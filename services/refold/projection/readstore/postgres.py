@@ -32,11 +32,16 @@ from refold.projection.readstore import (
     PartitionStatus,
     ProjectionStatus,
     VersionStatus,
+    handover,
 )
+from refold.projection.readstore.handover import Standing
 from refold.projection.readstore.postgres_parked import MARK, TABLES
 
 _LOCK = 0x5265666D  # "Refm", the first of two int4 keys; the second is a hash of the schema, or 0 for the whole store
 _VERSION = re.compile(r"[a-z0-9]{1,40}")
+#: Each look at the other version sees what is committed by then; and the server ends the transaction of an operator
+#: that stands still (SIGSTOP) while it holds the live version back.
+_HOLDING = "set transaction isolation level read committed; set local idle_in_transaction_session_timeout = '5s'"
 
 #: PostgreSQL's type of a column; text is collated "C", so that order and cursors are the same everywhere.
 TYPES = {
@@ -275,13 +280,18 @@ async def try_swap(conn: AsyncConnection[Any], *, namespace: str, name: str, ver
     """Make `version` the live one if no reader would go back in time by it; return whether it is live now.
 
     It must be at or beyond the live version in every partition that both fold, have seen the head of those that only it
-    folds, and have no more parked or discarded. The live positions are locked meanwhile, so that they can't move on.
+    folds, and have no more parked or discarded. Where it is near, the live version is held back for a moment
+    (`handover`): its positions are locked, so that they can't move on.
 
     Raises:
         NotFoundError: there is no such version.
     """
     schema = sql.Identifier(names.read_schema(namespace, name))
+    await _must_be_claimed(conn, namespace, name)
+    if not await handover.near(lambda: _standing(conn, schema, version)):
+        return False
     async with conn.transaction():
+        await conn.execute(_HOLDING)
         await _lock(conn, names.read_schema(namespace, name))
         await _must_be_claimed(conn, namespace, name)
         cursor = await conn.execute(
@@ -294,7 +304,7 @@ async def try_swap(conn: AsyncConnection[Any], *, namespace: str, name: str, ver
         live = row[0] if row else None
         if live == version:
             return True
-        if live is not None and not await _may_follow(conn, schema, live, version):
+        if live is not None and not await _follows(conn, schema, live, version):
             return False
         await conn.execute(sql.SQL("update {}.pointer set live = %s").format(schema), [version])
         await conn.execute(
@@ -582,27 +592,40 @@ async def _grant(conn: AsyncConnection[Any], schema: str) -> None:
         )
 
 
-async def _may_follow(conn: AsyncConnection[Any], schema: sql.Identifier, live: str, version: str) -> bool:
-    """Return whether readers of `version` see nothing older than those of `live`; locks the live positions."""
+async def _follows(conn: AsyncConnection[Any], schema: sql.Identifier, live: str, version: str) -> bool:
+    """Hold the live version back and return whether `version` came to where it stands; locks the live positions."""
     await conn.execute(
         sql.SQL("select from {}.positions where version = %s order by incarnation, partition for update").format(
             schema
         ),
         [live],
     )
+
+    async def there() -> bool:
+        return (await _standing(conn, schema, version)).behind == 0
+
+    return await handover.within(handover.HELD_SECONDS, there)
+
+
+async def _standing(conn: AsyncConnection[Any], schema: sql.Identifier, version: str) -> Standing:
+    """Return how `version` stands beside the live one, from one snapshot."""
     cursor = await conn.execute(
         sql.SQL(
-            "select not exists ("
-            "  select from {0}.positions n left join {0}.positions l"
-            "    on l.version = %(live)s and l.incarnation = n.incarnation and l.partition = n.partition"
-            "  where n.version = %(version)s"
-            "    and (n.position < coalesce(l.position, n.head) or (l.position is null and n.seen_at is null)))"
-            " and (select count(*) from {0}.parked where version = %(version)s)"
-            "  + (select count(*) from {0}.discarded where version = %(version)s)"
-            "  <= (select count(*) from {0}.parked where version = %(live)s)"
-            "  + (select count(*) from {0}.discarded where version = %(live)s)"
+            "select n.incarnation, n.partition, n.position, "
+            "  coalesce(l.position, case when n.seen_at is not null then n.head end), "
+            "  (select count(*) from {0}.parked where version = n.version)"
+            "  + (select count(*) from {0}.discarded where version = n.version)"
+            "  > (select count(*) from {0}.parked where version = live)"
+            "  + (select count(*) from {0}.discarded where version = live) "
+            "from {0}.pointer join {0}.positions n on n.version = %s and live <> n.version "
+            "left join {0}.positions l"
+            "  on l.version = live and l.incarnation = n.incarnation and l.partition = n.partition"
         ).format(schema),
-        {"live": live, "version": version},
+        [version],
     )
-    row = await cursor.fetchone()
-    return row is not None and bool(row[0])
+    rows = await cursor.fetchall()
+    return Standing(
+        applied={(row[0], row[1]): row[2] for row in rows},
+        wanted={(row[0], row[1]): row[3] for row in rows},
+        lacks_more=any(row[4] for row in rows),
+    )

@@ -226,15 +226,27 @@ class PostgresRows:
 
     def see(self, seen: Sequence[Seen]) -> None:
         """Store what was seen of the heads; positions aren't touched."""
+        incarnations, partitions, heads, lags = _columns((msgspec.structs.astuple(one) for one in seen), 4)
         try:
             self._connection().execute(
                 self._sql(
+                    # in the order in which all lock positions: who hands readers over locks all of a version
+                    "with locked as (select incarnation, partition from {schema}.positions where version = %(version)s "
+                    "  and (incarnation, partition) in ("
+                    "    select * from unnest(%(incarnations)s::text[], %(partitions)s::int[]))"
+                    "  order by incarnation, partition for update) "
                     "update {schema}.positions p set head = s.head, lag_seconds = s.lag, seen_at = now() "
-                    "from unnest(%s::text[], %s::int[], %s::bigint[], %s::float8[])"
-                    "  s(incarnation, partition, head, lag) "
-                    "where p.version = %s and p.incarnation = s.incarnation and p.partition = s.partition"
+                    "from locked join unnest(%(incarnations)s::text[], %(partitions)s::int[], %(heads)s::bigint[], "
+                    "  %(lags)s::float8[]) s(incarnation, partition, head, lag) using (incarnation, partition) "
+                    "where p.version = %(version)s and p.incarnation = s.incarnation and p.partition = s.partition"
                 ),
-                [*_columns((msgspec.structs.astuple(one) for one in seen), 4), self._version],
+                {
+                    "version": self._version,
+                    "incarnations": incarnations,
+                    "partitions": partitions,
+                    "heads": heads,
+                    "lags": lags,
+                },
             )
         except psycopg.Error as error:
             self._raise(error)

@@ -9,7 +9,7 @@ projector goes on from there by its rule for positions. With `always` nothing is
 
 A projection's keys begin with `refold:<namespace>.<name>:`, those of a version go on with `<version>:`
 
-    claim, live, definitions, created, retired, dropping, parked-id      of the projection
+    claim, live, held, definitions, created, retired, dropping, parked-id       of the projection
     positions, recorded, hints, seen, stopped                   by `<incarnation>/<partition>`
     row:<key>       a hash: the columns' texts, `~` a mark that each write changes, `~<column>` the stamp and
                     `=<column>` the place of a column that has one
@@ -40,8 +40,10 @@ from refold.projection.readstore import (
     ProjectionStatus,
     UnavailableError,
     VersionStatus,
+    handover,
 )
 from refold.projection.readstore import redis_scripts as scripts
+from refold.projection.readstore.handover import Standing
 from refold.projection.readstore.redis_values import place, to_value
 
 #: How the URLs of a Redis begin; the second speaks TLS.
@@ -227,15 +229,40 @@ class RedisStore:
         """Make `version` the live one if no reader would go back in time by it; return whether it is live now.
 
         It must be at or beyond the live version in every partition that both fold, have seen the head of those that
-        only it folds, and have no more parked.
+        only it folds, and have no more parked. Where it is near, the live version is held back for a moment
+        (`handover`): `held` names it, and its batches aren't written.
 
         Raises:
             NotFoundError: there is no such version.
         """
-        answer = await self._call(scripts.SWAP, prefix(namespace, name), version)
-        if answer == b"none":
-            raise NotFoundError(f"the projection {namespace}/{name} has no version {version} in the read store")
-        return bool(answer == b"live")
+        base = prefix(namespace, name)
+
+        async def swapped() -> bool:
+            answer = await self._call(scripts.SWAP, base, version)
+            if answer == b"none":
+                raise NotFoundError(f"the projection {namespace}/{name} has no version {version} in the read store")
+            return bool(answer == b"live")
+
+        if not await handover.near(lambda: self._standing(base, version)):
+            return False
+        if await swapped():
+            return True
+        await self._call(scripts.HOLD, base, str(round((handover.HELD_SECONDS + 1) * 1000)))
+        try:
+            return await handover.within(handover.HELD_SECONDS, swapped)
+        finally:
+            await self._command("DEL", f"{base}held")
+
+    async def _standing(self, base: str, version: str) -> Standing:
+        positions, seen, live, lacks, live_lacks = await self._call(scripts.STANDING, base, version)
+        positions, seen, live = pairs(positions), pairs(seen), pairs(live)
+        applied = {partition_of(one): int(position) for one, position in positions.items()}
+        wanted = {}
+        for one in positions:
+            # of what others don't fold the head, which stands first
+            known = live[one] if one in live else seen[one].split()[0] if one in seen else None
+            wanted[partition_of(one)] = None if known is None else int(known)
+        return Standing(applied, wanted, lacks > live_lacks)
 
     async def drop_version(self, *, namespace: str, name: str, version: str) -> bool:
         """Drop a version's rows, positions and parked events; return whether there was such a version.

@@ -36,6 +36,7 @@ from refold.projection.readstore import (
     RefusedError,
     Seen,
     UnavailableError,
+    handover,
 )
 from refold.projection.readstore import redis_scripts as scripts
 from refold.projection.readstore.redis import (
@@ -59,6 +60,8 @@ from refold.projection.values import Value
 
 #: How often a batch is computed again since another projector wrote one of its rows, or an index came or went.
 _TRIES = 20
+#: Seconds that a batch waits at most while its version is held back; some times what one hand-over takes.
+_HELD_SECONDS = 10 * handover.HELD_SECONDS
 
 
 class RedisRows:
@@ -196,7 +199,7 @@ class RedisRows:
                 )
             except UnicodeEncodeError as error:
                 raise RefusedError(f"a text isn't valid Unicode: {error.reason}") from error
-            answer = self._call(scripts.APPLY, batch)
+            answer = self._written(batch)
             if answer == b"":
                 return
             if answer == b"indexes":
@@ -230,6 +233,15 @@ class RedisRows:
             return None
         lags = [seen_of(seen.get(name), position)[1] for name, position in positions.items()]
         return LiveProgress(sum(positions.values()), max(lags))
+
+    def _written(self, batch: bytes) -> Any:
+        """Return the script's answer to a batch, once the version isn't held back (`handover`) any more."""
+        deadline = time.monotonic() + _HELD_SECONDS
+        while (answer := self._call(scripts.APPLY, batch)) == b"held":
+            if time.monotonic() > deadline:
+                raise UnavailableError(f"the read store of {self._what} (Redis) holds the version back for too long")
+            time.sleep(0.01)
+        return answer
 
     def _hash(self, name: str) -> dict[bytes, bytes]:
         found = self._command("HGETALL", name)

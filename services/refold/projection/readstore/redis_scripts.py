@@ -19,6 +19,14 @@ local function before(a, b)
 end
 """
 
+#: How many events of a version have none: they are parked, or were discarded.
+_WITHOUT_EFFECT = """
+local function without_effect(base, version)
+  local discarded = redis.call('HGET', base .. 'discards', version) or 0
+  return redis.call('HLEN', base .. version .. ':parked') + discarded
+end
+"""
+
 CLAIM = (
     _MANAGES
     + """
@@ -98,6 +106,7 @@ end
 SWAP = (
     _MANAGES
     + _POSITIONS
+    + _WITHOUT_EFFECT
     + """
 local base, version = KEYS[1], ARGV[1]
 if redis.call('HEXISTS', base .. 'definitions', version) == 0 then return 'none' end
@@ -116,16 +125,38 @@ if live then
     end
     if before(position, wanted) then return 'behind' end
   end
-  local without_effect = function(name)
-    return redis.call('HLEN', base .. name .. ':parked') + (redis.call('HGET', base .. 'discards', name) or 0)
-  end
-  if without_effect(version) > without_effect(live) then return 'behind' end
+  if without_effect(base, version) > without_effect(base, live) then return 'behind' end
   local time = redis.call('TIME')
   redis.call('HSET', base .. 'retired', live, time[1] .. '.' .. string.format('%06d', time[2]))
 end
 redis.call('HDEL', base .. 'retired', version)
 redis.call('SET', base .. 'live', version)
 return 'live'
+"""
+)
+
+#: Tells how a version stands beside the live one, for a `Standing`: nothing where no other one is live.
+STANDING = (
+    _READS
+    + _WITHOUT_EFFECT
+    + """
+local base, version = KEYS[1], ARGV[1]
+local live = redis.call('GET', base .. 'live')
+if not live or live == version then return {{}, {}, {}, 0, 0} end
+return {
+  redis.call('HGETALL', base .. version .. ':positions'), redis.call('HGETALL', base .. version .. ':seen'),
+  redis.call('HGETALL', base .. live .. ':positions'), without_effect(base, version), without_effect(base, live)
+}
+"""
+)
+
+#: Holds the live version back for so many milliseconds: nothing of a batch of it is written.
+HOLD = (
+    _WRITES
+    + """
+local base, milliseconds = KEYS[1], ARGV[1]
+local live = redis.call('GET', base .. 'live')
+if live then redis.call('SET', base .. 'held', live, 'PX', milliseconds) end
 """
 )
 
@@ -208,11 +239,12 @@ return rows
 """
 )
 
-#: A batch. Answers '' where it is written, else what keeps it from being so: 'indexes', 'row', or a position.
+#: A batch. Answers '' where it is written, else what keeps it from being so: 'held', 'indexes', 'row', or a position.
 APPLY = (
     _WRITES
     + """
 local prefix, batch = KEYS[1], cmsgpack.unpack(ARGV[1])
+if redis.call('GET', batch.base .. 'held') == batch.version then return 'held' end
 if redis.call('GET', prefix .. 'indexes') ~= batch.indexes then return 'indexes' end
 for _, advance in ipairs(batch.advances) do
   local position = redis.call('HGET', prefix .. 'positions', advance[1])
