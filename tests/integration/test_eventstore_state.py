@@ -155,6 +155,10 @@ async def test_what_cannot_be_folded_says_why(shop: Shop) -> None:
     ]:
         answer = shop.ask("a", query)
         assert (kind(answer), answer.json()["field"]) == ((400, "invalid-query"), field), query
+    await shop.installed.run("update refold.definitions set definition = '{\"later\": 1}' where name = 'code'")
+    answer = shop.ask("a", "projection=code")
+    assert kind(answer) == (503, "store-unavailable")
+    assert "made by a later one" in answer.json()["detail"]
     former = version(ORDERS, msgspec.structs.replace(shop.stream, incarnation="fedcba9876543210"))
     await shop.project(former, "former")
     assert kind(shop.ask("a", "projection=former")) == (410, "other-history")

@@ -14,12 +14,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from refold.eventstore import http_asked
-from refold.eventstore.errors import EventStoreError, InactiveStreamError, InvalidAppendError
+from refold.eventstore.errors import EventStoreError, InactiveStreamError, InvalidAppendError, UnavailableError
 from refold.eventstore.http_asked import NAME, NAMESPACE, STREAM, SUBJECT
 from refold.eventstore.problems import from_error
 from refold.eventstore.store import EventStore
-from refold.projection.definition import VersionDefinition
 from refold.projection.past import MOST_STEPS, At, RowAt, RowFold, why_not
+from refold.projection.readstore import UnreadableError, live_definition
 from refold.query import histories, problems
 from refold.query.answers import AT, at_headers
 from refold.query.asked import AskedState
@@ -96,7 +96,10 @@ class States:
         known = await store.definition(namespace, wanted.projection)
         if known is None:
             raise problems.projection_not_found(f"{namespace}/{wanted.projection}")
-        definition = VersionDefinition.from_json(known.definition)
+        try:
+            definition = live_definition(known.version, known.definition)
+        except UnreadableError as error:
+            raise from_error(UnavailableError(str(error))) from error
         folds = [ref.name for ref in definition.streams]
         if name not in folds:
             raise problems.stream_not_folded(f"{namespace}/{wanted.projection}", name, folds)
