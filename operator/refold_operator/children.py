@@ -92,6 +92,11 @@ def query_secret(owner: Projection, *, readstore_dsn: str, store_dsn: str | None
     )  # fmt: skip
 
 
+def sql_secret(owner: Projection, data: Mapping[str, str]) -> Manifest:
+    """Return the Secret for those who read the rows in SQL."""
+    return _secret(owner, names.sql_name(owner.metadata.name), _labels(owner, "sql"), data)
+
+
 def projector(
     owner: Projection,
     version: str,

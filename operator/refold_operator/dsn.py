@@ -1,6 +1,6 @@
 """DSNs of the logins that the operator makes: the administrator's way to the database, under another name."""
 
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -39,3 +39,30 @@ def redis_login(admin_url: str, user: str, password: str) -> str:
     parts = urlsplit(admin_url)
     host = parts.netloc.rpartition("@")[2]
     return parts._replace(netloc=f"{quote(user, safe='')}:{quote(password, safe='')}@{host}").geturl()
+
+
+def binding(dsn: str) -> dict[str, str]:
+    """Return a login's DSN as the entries that workloads look for in a Secret.
+
+    They are those of the Service Binding specification for PostgreSQL, and `dbname` as CloudNativePG has it.
+    """
+    parts = {name: str(value) for name, value in conninfo_to_dict(dsn).items()}
+    host, port, database = parts["host"], parts.get("port", "5432"), parts["dbname"]
+    hosts, ports = host.split(","), port.split(",")
+    # Several hosts have a port each, or one for all.
+    places = zip(hosts, ports if len(ports) == len(hosts) else ports * len(hosts), strict=True)
+    where = ",".join(f"[{one}]:{its}" if ":" in one else f"{one}:{its}" for one, its in places)
+    user, password, path = (quote(parts[part], safe="") for part in ("user", "password", "dbname"))
+    options = urlencode([(name, parts[name]) for name in ("sslmode", "target_session_attrs") if name in parts])
+    uri = f"postgresql://{user}:{password}@{where}/{path}"
+    return {
+        "type": "postgresql",
+        "provider": "refold",
+        "host": host,
+        "port": port,
+        "database": database,
+        "dbname": database,
+        "username": parts["user"],
+        "password": parts["password"],
+        "uri": f"{uri}?{options}" if options else uri,
+    }

@@ -27,6 +27,7 @@ from refold.projection import definition as definitions
 from refold.projection.definition import Handler, StreamRef, VersionDefinition
 from refold.projection.past import why_not
 from refold.projection.readstore import (
+    BusyError,
     ConflictError,
     ProjectionStatus,
     ReadStoreError,
@@ -34,7 +35,7 @@ from refold.projection.readstore import (
     VersionStatus,
 )
 
-from refold_operator import children, cluster, credentials, spec_guard
+from refold_operator import children, cluster, credentials, dsn, spec_guard
 from refold_operator.access import Access
 from refold_operator.children import Image
 from refold_operator.cluster import Cluster, Object
@@ -51,7 +52,9 @@ from refold_operator.store import Store
 _log = structlog.get_logger(__name__)
 
 #: Reasons that go by themselves when something else is done; no person has to look.
-PASSING = frozenset({"StreamNotReady", "Installing", "ProcessesEnding", "AsOfNotPassed"})
+PASSING = frozenset({"StreamNotReady", "Installing", "ProcessesEnding", "AsOfNotPassed", "ReadModelInUse"})
+#: The reason where a swap or a deletion waits for who reads in SQL.
+_BUSY = "ReadModelInUse"
 #: Seconds until a version that is being built is looked at again.
 _BUILDING_SECONDS = 2.0
 #: Seconds until a version with events to fold is looked at again.
@@ -356,7 +359,7 @@ async def _apply(
     if put_right:
         found.append(put_right)
     query_secret = children.query_secret(projection, readstore_dsn=logins.query, store_dsn=past_dsn)
-    wanted = [query_secret, children.query_service(projection)]
+    wanted = [query_secret, children.query_service(projection), *await _sql_secret(projection, around, around.key)]
     for version in sorted(versions):
         secret = children.projector_secret(
             projection, version, store_dsn=store_dsn, readstore_dsn=logins.projector, kafka_files=kafka_files
@@ -386,6 +389,9 @@ async def _apply(
         wanted.append(children.query(projection, image=around.image, secret=query_secret, account=account))
         for manifest in wanted:
             await ensure(manifest)
+        former = there.get(("Secret", names.sql_name(name)))
+        if not projection.spec.read_store.sql and former is not None and children.owned_by(former, projection):
+            await around.cluster.delete("Secret", namespace, names.sql_name(name))
         # Only now: an account of this name that isn't the Projection's would have been refused.
         await around.delegation.give(Account(namespace, names.query_name(name)))
     return {child_name: child for (kind, child_name), child in there.items() if kind == "Deployment"}
@@ -417,6 +423,19 @@ async def _past_login(around: Surroundings, key: bytes, schema: str, folded: Seq
     readable = await _readable(around, refs)
     with _store_errors():
         return await around.store.reader_login(role, credentials.password(key, role), readable)
+
+
+async def _sql_secret(projection: Projection, around: Surroundings, key: bytes) -> list[Object]:
+    """Make the login of those who read rows in SQL, and return its Secret; drop it where the spec asks for none."""
+    namespace, name = projection.metadata.namespace, projection.metadata.name
+    if not isinstance(around.readstore, ReadStore):
+        return []
+    with _readstore_errors():
+        if not projection.spec.read_store.sql:
+            await around.readstore.drop_sql_login(namespace=namespace, name=name)
+            return []
+        login = await around.readstore.sql_login(key, namespace=namespace, name=name)
+    return [children.sql_secret(projection, dsn.binding(login))]
 
 
 async def _apply_one(
@@ -509,8 +528,15 @@ async def _drop(projection: Projection, around: Surroundings, plan: Versions) ->
         with _cluster_errors():
             await around.cluster.delete("Deployment", namespace, child)
             await around.cluster.delete("Secret", namespace, child)
-        with _readstore_errors():
-            await around.readstore.drop_version(namespace=namespace, name=name, version=former)
+        try:
+            with _readstore_errors():
+                await around.readstore.drop_version(namespace=namespace, name=name, version=former)
+        except ReconcileError as error:
+            if error.reason != _BUSY:
+                raise
+            # Nobody waits for it: it goes at a later look.
+            _log.info("version not dropped yet", namespace=namespace, name=name, version=former, why=error.message)
+            continue
         _log.info("version dropped", namespace=namespace, name=name, version=former)
 
 
@@ -769,6 +795,8 @@ def _readstore_errors() -> Iterator[None]:
         raise ReconcileError("Ready", "ReadStoreUnreachable", str(error)) from error
     except UnavailableError as error:
         raise ReconcileError("Ready", "ReadStoreUnreachable", f"the read store: {error}") from error
+    except BusyError as error:
+        raise ReconcileError("Ready", _BUSY, str(error), retry_after=_STARTING_SECONDS) from error
     except ConflictError as error:
         advice = f"if that one is gone for good, annotate this one with {TAKE_OVER_ANNOTATION}=<uid>"
         raise ReconcileError("Ready", "Conflict", f"{error} ({advice})") from error

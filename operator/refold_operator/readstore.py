@@ -6,7 +6,7 @@ import psycopg
 from psycopg import sql
 from refold import names
 from refold.projection.definition import VersionDefinition
-from refold.projection.readstore import NotFoundError, ProjectionStatus, postgres
+from refold.projection.readstore import NotFoundError, ProjectionStatus, postgres, postgres_sql
 
 from refold_operator import credentials, dsn
 from refold_operator.database import Database
@@ -57,6 +57,19 @@ class ReadStore:
             projector=dsn.login(self.database.dsn, projector, projector_password),
             query=dsn.login(self.database.dsn, query, query_password),
         )
+
+    async def sql_login(self, key: bytes, *, namespace: str, name: str) -> str:
+        """Make the login that may read the live version's rows in SQL, and nothing else; return its DSN."""
+        login = postgres_sql.login(self.database.name, names.read_schema(namespace, name))
+        password = credentials.password(key, login)
+        async with self.database.connection() as connection:
+            await postgres.ensure_sql_login(connection, namespace=namespace, name=name, password=password)
+        return dsn.login(self.database.dsn, login, password)
+
+    async def drop_sql_login(self, *, namespace: str, name: str) -> None:
+        """Drop that login; one that is gone is no error."""
+        async with self.database.connection() as connection:
+            await postgres.drop_sql_login(connection, namespace=namespace, name=name)
 
     async def ensure_version(self, *, namespace: str, name: str, version: str, definition: VersionDefinition) -> bool:
         """Make a version's table where it is missing; return whether it was."""

@@ -100,9 +100,13 @@ class SecretReference(_Model):
 
 
 class ReadStoreChoice(_Model):
-    """`spec.readStore` of a Projection: the installation's, or for a Redis of one's own its connection."""
+    """`spec.readStore` of a Projection: the installation's, or for a Redis of one's own its connection.
+
+    `sql` asks for a login that may read the live version's rows in SQL.
+    """
 
     type: Literal["postgres", "redis"] = "postgres"
+    sql: bool = False
     connection_ref: SecretReference | None = Field(default=None, alias="connectionRef")
 
 

@@ -92,7 +92,7 @@ def store_role(database: str, part: str) -> str:
 
 
 def resource_role(database: str, schema: str, part: str) -> str:
-    """Return a role of one schema: of a stream writer or reader, of a projection projector or query."""
+    """Return a role of one schema: of a stream writer or reader, of a projection projector, query or sql."""
     return pg_identifier(f"refold_{database}:{schema}:{part}")
 
 
@@ -109,3 +109,8 @@ def projector_name(projection: str, version: str) -> str:
 def query_name(projection: str) -> str:
     """Return the name of the query Deployment, Service and Secret of a Projection."""
     return f"{projection}-query"
+
+
+def sql_name(projection: str) -> str:
+    """Return the name of the Secret for those who read a Projection's rows in SQL."""
+    return f"{projection}-sql"

@@ -2,9 +2,13 @@
 
 import itertools
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import psycopg
 import pytest
+from psycopg import AsyncConnection
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from refold.projection.readstore import postgres as read_store
 
 from hack.servers import Kafka, Postgres, Redis
 from tests.readstores import Store
@@ -59,3 +63,20 @@ async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
     await found.open()
     yield found
     await found.close()
+
+
+@pytest.fixture
+async def admin(database: str) -> AsyncIterator[AsyncConnection[Any]]:
+    """A connection as the operator has it: no superuser, CREATEROLE, owner of the database."""
+    name = conninfo_to_dict(database)["dbname"]
+    async with await AsyncConnection.connect(database, autocommit=True) as root:
+        await root.execute(f'create role "admin_{name}" login createrole')
+        await root.execute(f'alter database "{name}" owner to "admin_{name}"')
+        dsn = make_conninfo(database, user=f"admin_{name}")
+        async with await AsyncConnection.connect(dsn, autocommit=True) as conn:
+            await read_store.install(conn)
+            yield conn
+        cursor = await root.execute("select rolname from pg_roles where rolname like %s", [f"refold_{name}:%"])
+        left = [row[0] for row in await cursor.fetchall()]
+        for role in left:
+            await root.execute(f'drop owned by "{role}"; drop role "{role}"')

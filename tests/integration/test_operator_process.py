@@ -281,6 +281,10 @@ RULES = [{"type": "OrderPlaced", "set": {"status": "'placed'"}}]
         (projection("default", query={"replicas": 1000}), "spec.query.replicas"),
         (projection("default", readStore={"type": "mongo"}), "spec.readStore.type"),
         (projection("default", readStore={"connectionRef": {"name": "a"}}), "spec.readStore"),
+        (
+            projection("default", readStore={"type": "redis", "connectionRef": {"name": "a"}, "sql": True}),
+            "only rows in",
+        ),
         (projection("default", readStore={"type": "redis", "connectionRef": {"name": "A b"}}), "connectionRef.name"),
         (projection("default", keepPrevious="1 day"), "spec.keepPrevious"),
         (projection("default", keepPrevious="721h"), "spec.keepPrevious"),
@@ -314,6 +318,7 @@ def test_the_api_server_refuses_a_bad_spec_and_names_the_field(
         projection("default", readStore={"type": "redis", "connectionRef": {"name": "orders.redis-1"}}),
         projection("default", readStore={"type": "redis"}),
         projection("default", readStore={}),
+        projection("default", readStore={"sql": True}),
         projection("default", keepPrevious="0s"),
         projection("default", asOf=PAST),
         projection("default", asOf="2026-01-31T23:59:59.123456+02:00", ttl="24h"),
@@ -718,6 +723,41 @@ def test_a_changed_definition_is_built_beside_the_live_one_and_swapped(
     until(lambda: f"status-projector-{former}" not in names(api, "deployments", namespace))
     until(lambda: f"status-projector-{former}" not in names(api, "secrets", namespace))
     until(lambda: positions.versions() == {version})
+
+
+def test_rows_are_read_in_sql_where_the_spec_asks_for_it(
+    api: ApiServer, operator: Operator, namespace: str, positions: Positions
+) -> None:
+    api.apply(event_stream(namespace), projection(namespace, keepPrevious="0s"))
+    until(lambda: serves(api, namespace))
+    assert "status-sql" not in names(api, "secrets", namespace)
+    api.apply(projection(namespace, keepPrevious="0s", readStore={"sql": True}))
+    secret = until(lambda: api.get("secret", "status-sql", "-n", namespace))
+    found = {key: base64.b64decode(value).decode() for key, value in secret["data"].items()}
+    assert set(found) == {
+        "type", "provider", "host", "port", "database", "dbname", "username", "password", "uri",
+    }  # fmt: skip
+    former = live(api, namespace)
+    positions.execute(f"insert into {{schema}}.rows_{former} (key, status) values ('a', 'former')")
+    with psycopg.connect(found["uri"], autocommit=True) as reader:
+        assert reader.execute("select * from rows").fetchall() == [("a", "former")]
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            reader.execute(f'select * from "{namespace}.status.read".positions')
+        reader.execute("begin")
+        reader.execute("select * from rows")
+        api.apply(changed(namespace, keepPrevious="0s", readStore={"sql": True}))
+        version = building(api, namespace)
+        positions.execute(f"insert into {{schema}}.rows_{version} (key, status) values ('a', 'later')")
+        positions.reach(version, 0, head=0)
+        becomes(api, "projection", namespace, "status", "False", "ReadModelInUse")
+        assert live(api, namespace) == former
+        reader.execute("commit")
+        until(lambda: live(api, namespace) == version, seconds=40)
+        assert reader.execute("select * from rows").fetchall() == [("a", "later")]
+    api.apply(changed(namespace, keepPrevious="0s"))
+    until(lambda: "status-sql" not in names(api, "secrets", namespace))
+    with pytest.raises(psycopg.OperationalError):
+        psycopg.connect(found["uri"])
 
 
 def test_the_former_version_goes_on_and_its_definition_brings_it_back_at_once(

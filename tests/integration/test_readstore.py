@@ -1,13 +1,12 @@
 """The PostgreSQL read store as the operator uses it, over an administrator's role that is no superuser."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg import AsyncConnection
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.conninfo import make_conninfo
 from refold import names
 from refold.projection.definition import Column, Definition, FoldRule, StreamRef, VersionDefinition
 from refold.projection.readstore import ConflictError, NotFoundError, postgres
@@ -36,23 +35,6 @@ def version_definition(*, index: bool = True, partitions: int = 2) -> VersionDef
             )
         ],
     )  # fmt: skip
-
-
-@pytest.fixture
-async def admin(database: str) -> AsyncIterator[AsyncConnection[Any]]:
-    """A connection as the operator has it: no superuser, CREATEROLE, owner of the database."""
-    name = conninfo_to_dict(database)["dbname"]
-    async with await AsyncConnection.connect(database, autocommit=True) as root:
-        await root.execute(f'create role "admin_{name}" login createrole')
-        await root.execute(f'alter database "{name}" owner to "admin_{name}"')
-        dsn = make_conninfo(database, user=f"admin_{name}")
-        async with await AsyncConnection.connect(dsn, autocommit=True) as conn:
-            await postgres.install(conn)
-            yield conn
-        cursor = await root.execute("select rolname from pg_roles where rolname like %s", [f"refold_{name}:%"])
-        left = [row[0] for row in await cursor.fetchall()]
-        for role in left:
-            await root.execute(f'drop owned by "{role}"; drop role "{role}"')
 
 
 async def login(admin: AsyncConnection[Any], part: str, password: str) -> AsyncConnection[Any]:

@@ -707,6 +707,23 @@ class TestCredentials:
             "host": "db", "port": "6543", "dbname": "shop", "sslmode": "require", "user": "us er", "password": "p'w",
         }  # fmt: skip
 
+    @pytest.mark.parametrize(
+        ("admin", "uri"),
+        [
+            ("postgresql://a:b@db:6543/sh%20op", "postgresql://u%40s:p%2Fw@db:6543/sh%20op"),
+            ("host=db dbname=shop sslmode=verify-full", "postgresql://u%40s:p%2Fw@db:5432/shop?sslmode=verify-full"),
+            ("host=one,two port=1 dbname=shop", "postgresql://u%40s:p%2Fw@one:1,two:1/shop"),
+            ("host=::1 dbname=shop", "postgresql://u%40s:p%2Fw@[::1]:5432/shop"),
+        ],
+    )
+    def test_a_login_is_told_to_workloads_entry_by_entry_and_as_a_uri(self, admin: str, uri: str) -> None:
+        made = dsn.login(admin, "u@s", "p/w")
+        told = dsn.binding(made)
+        assert told["uri"] == uri
+        with_port = {**conninfo_to_dict(made), "port": told["port"]}
+        assert {name: str(value) for name, value in conninfo_to_dict(uri).items()} | {"port": told["port"]} == with_port
+        assert (told["username"], told["password"], told["database"]) == ("u@s", "p/w", with_port["dbname"])
+
     @pytest.mark.parametrize("wrong", ["nonsense", "postgresql://db", "dbname=x", "postgresql:///x"])
     def test_a_dsn_that_cannot_work_is_refused_without_being_told(self, wrong: str) -> None:
         with pytest.raises(ValidationError) as refused:

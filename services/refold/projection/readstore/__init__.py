@@ -29,6 +29,10 @@ class ConflictError(ReadStoreError):
     """What was asked belongs to someone else, or is in use; the message says to whom and the way out."""
 
 
+class BusyError(ReadStoreError):
+    """Somebody else's transaction holds what has to be locked; it is tried again later."""
+
+
 class NotFoundError(ReadStoreError):
     """The projection or version isn't in the read store."""
 

@@ -12,6 +12,7 @@ import re
 from decimal import Decimal
 from typing import Any
 
+import psycopg
 from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
@@ -33,6 +34,7 @@ from refold.projection.readstore import (
     ProjectionStatus,
     VersionStatus,
     handover,
+    postgres_sql,
 )
 from refold.projection.readstore.handover import Standing
 from refold.projection.readstore.postgres_parked import MARK, TABLES
@@ -198,12 +200,18 @@ async def _claim(conn: AsyncConnection[Any], schema: str, *, namespace: str, nam
 
 
 async def release_projection(conn: AsyncConnection[Any], *, namespace: str, name: str, uid: str) -> bool:
-    """Give up the claim of `uid` and leave all data (deletionPolicy: Retain); return whether there was such a claim."""
+    """Give up the claim of `uid` and leave all data (deletionPolicy: Retain); return whether there was such a claim.
+
+    The login of those who read in SQL goes, since its Secret does.
+    """
     async with conn.transaction():
+        await _lock(conn, None)
         cursor = await conn.execute(
             "update refold_read.projections set uid = null where namespace = %s and name = %s and uid = %s",
             [namespace, name, uid],
         )
+        if cursor.rowcount == 1:
+            await postgres_sql.drop_login(conn, names.read_schema(namespace, name))
     return cursor.rowcount == 1
 
 
@@ -236,6 +244,7 @@ async def ensure_version(
         await conn.execute(
             sql.SQL("update {}.pointer set live = %s where live is null").format(sql.Identifier(schema)), [version]
         )
+        await _show_live(conn, schema)
     if not made:
         await _reconcile_indexes(conn, schema, table, definition.definition.columns)
     return made
@@ -271,6 +280,38 @@ async def ensure_logins(
     return any(changed)
 
 
+async def ensure_sql_login(conn: AsyncConnection[Any], *, namespace: str, name: str, password: str) -> bool:
+    """Make the login that may read the view of the live version's rows and nothing else; return whether it changed.
+
+    Args:
+        conn: an administrator's connection.
+        namespace: the projection's namespace.
+        name: the projection's name.
+        password: random, with at least 128 bits.
+
+    Raises:
+        NotFoundError: the projection isn't claimed.
+        refold.eventstore.errors.ConflictError: a role of that name exists and isn't Refold's.
+    """
+    async with conn.transaction():
+        await _lock(conn, None)
+        await _must_be_claimed(conn, namespace, name)
+        return await postgres_sql.ensure_login(conn, names.read_schema(namespace, name), password)
+
+
+async def drop_sql_login(conn: AsyncConnection[Any], *, namespace: str, name: str) -> bool:
+    """Drop the login of those who read in SQL; return whether there was one."""
+    schema = names.read_schema(namespace, name)
+    cursor = await conn.execute(
+        "select from pg_roles where rolname = %s", [postgres_sql.login(conn.info.dbname, schema)]
+    )
+    if await cursor.fetchone() is None:
+        return False
+    async with conn.transaction():
+        await _lock(conn, None)
+        return await postgres_sql.drop_login(conn, schema)
+
+
 def logins(database: str, schema: str) -> tuple[str, str]:
     """Return the names of the projector's and of the query service's login of the projection in `schema`."""
     return names.resource_role(database, schema, "projector"), names.resource_role(database, schema, "query")
@@ -282,15 +323,18 @@ async def try_swap(conn: AsyncConnection[Any], *, namespace: str, name: str, ver
     It must be at or beyond the live version in every partition that both fold, have seen the head of those that only it
     folds, and have no more parked or discarded. Where it is near, the live version is held back for a moment
     (`handover`): its positions are locked, so that they can't move on.
+    The view of those who read in SQL moves with the pointer.
 
     Raises:
+        BusyError: transactions that have read the view haven't ended.
+        ReadStoreError: something of somebody else's depends on the view, and its columns change.
         NotFoundError: there is no such version.
     """
     schema = sql.Identifier(names.read_schema(namespace, name))
     await _must_be_claimed(conn, namespace, name)
     if not await handover.near(lambda: _standing(conn, schema, version)):
         return False
-    async with conn.transaction():
+    async with conn.transaction() as transaction:
         await conn.execute(_HOLDING)
         await _lock(conn, names.read_schema(namespace, name))
         await _must_be_claimed(conn, namespace, name)
@@ -304,8 +348,10 @@ async def try_swap(conn: AsyncConnection[Any], *, namespace: str, name: str, ver
         live = row[0] if row else None
         if live == version:
             return True
+        # Before the live version is held back: its projectors needn't wait for who reads it in SQL.
+        await _show(conn, names.read_schema(namespace, name), version)
         if live is not None and not await _follows(conn, schema, live, version):
-            return False
+            raise psycopg.Rollback(transaction)
         await conn.execute(sql.SQL("update {}.pointer set live = %s").format(schema), [version])
         await conn.execute(
             sql.SQL(
@@ -314,13 +360,15 @@ async def try_swap(conn: AsyncConnection[Any], *, namespace: str, name: str, ver
             ).format(schema),
             {"live": live, "version": version},
         )
-    return True
+        return True
+    return False
 
 
 async def drop_version(conn: AsyncConnection[Any], *, namespace: str, name: str, version: str) -> bool:
     """Drop a version's rows, positions and parked events; return whether there was such a version.
 
     Raises:
+        BusyError: transactions that have read its rows haven't ended.
         ConflictError: it is the live one.
     """
     schema = names.read_schema(namespace, name)
@@ -332,7 +380,9 @@ async def drop_version(conn: AsyncConnection[Any], *, namespace: str, name: str,
         row = await cursor.fetchone()
         if row and row[0] == version:
             raise ConflictError(f"the version {version} of the projection {namespace}/{name} is live: readers see it")
-        await conn.execute(sql.SQL("drop table if exists {}").format(sql.Identifier(schema, rows_table(version))))
+        table = rows_table(version)
+        async with postgres_sql.soon(conn, f"the table {schema}.{table}"):
+            await conn.execute(sql.SQL("drop table if exists {}").format(sql.Identifier(schema, table)))
         cursor = await conn.execute(
             sql.SQL("delete from {}.versions where version = %s").format(sql.Identifier(schema)), [version]
         )
@@ -343,6 +393,7 @@ async def drop_projection(conn: AsyncConnection[Any], *, namespace: str, name: s
     """Drop all that the projection has in the read store, its logins too; return whether it was there.
 
     Raises:
+        BusyError: transactions that have read it haven't ended.
         ConflictError: a resource of another uid holds the claim.
     """
     schema = names.read_schema(namespace, name)
@@ -359,7 +410,9 @@ async def drop_projection(conn: AsyncConnection[Any], *, namespace: str, name: s
             raise ConflictError(
                 f"the read model of {namespace}/{name} belongs to a Projection with uid {claim[0]}, not {uid}"
             )
-        await conn.execute(sql.SQL("drop schema if exists {} cascade").format(sql.Identifier(schema)))
+        await postgres_sql.drop_login(conn, schema)
+        async with postgres_sql.soon(conn, f"the read model {schema}"):
+            await conn.execute(sql.SQL("drop schema if exists {} cascade").format(sql.Identifier(schema)))
         pair = logins(conn.info.dbname, schema)
         for role in await _existing(conn, pair):
             await conn.execute(
@@ -441,6 +494,24 @@ async def _claimed(conn: AsyncConnection[Any], namespace: str, name: str) -> boo
         "select from refold_read.projections where namespace = %s and name = %s", [namespace, name]
     )
     return await cursor.fetchone() is not None
+
+
+async def _show_live(conn: AsyncConnection[Any], schema: str) -> None:
+    """Let the view name the live version's rows, where it doesn't: it is new, or was dropped by somebody else."""
+    cursor = await conn.execute(sql.SQL("select live from {}.pointer").format(sql.Identifier(schema)))
+    row = await cursor.fetchone()
+    if row is not None and row[0] is not None and await postgres_sql.shown(conn, schema) != row[0]:
+        await _show(conn, schema, row[0])
+
+
+async def _show(conn: AsyncConnection[Any], schema: str, version: str) -> None:
+    cursor = await conn.execute(
+        sql.SQL("select definition::text from {}.versions where version = %s").format(sql.Identifier(schema)), [version]
+    )
+    row = await cursor.fetchone()
+    assert row is not None, "looked at before, under the projection's lock"
+    columns = [column.name for column in VersionDefinition.from_json(row[0]).definition.columns]
+    await postgres_sql.show(conn, schema, version, rows_table(version), columns)
 
 
 async def _must_be_claimed(conn: AsyncConnection[Any], namespace: str, name: str) -> None:
