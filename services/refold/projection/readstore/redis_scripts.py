@@ -152,7 +152,7 @@ return {
 
 #: Holds the live version back for so many milliseconds: nothing of a batch of it is written.
 HOLD = (
-    _WRITES
+    _MANAGES
     + """
 local base, milliseconds = KEYS[1], ARGV[1]
 local live = redis.call('GET', base .. 'live')
