@@ -14,9 +14,8 @@ from tests.readstores import Store
 
 INCARNATION = "a" * 16
 STREAM = StreamRef(namespace="n", name="aa", incarnation=INCARNATION, partitions=6, topic="a", schema="a")
-#: Events a second in each partition, from when this began.
+#: Events a second in each partition, from when the test began.
 RATE = 200
-BEGAN = time.monotonic()
 DEFINITION = VersionDefinition(
     definition=Definition(
         streams=["aa"], columns=[Column(name="n", type=ColumnType.INTEGER)], fold=[FoldRule(type="T", delete=True)]
@@ -28,15 +27,17 @@ DEFINITION = VersionDefinition(
 class Follower(threading.Thread):
     """Applies the events of all partitions in a version, as they come or a `delay` (seconds) later, until it is ended.
 
+    The first one comes at `began` (monotonic seconds).
+
     Attributes:
         applied: the position that it has reached in each partition.
         longest: how many seconds a batch took at most.
     """
 
-    def __init__(self, store: Store, version: str, delay: float = 0.0) -> None:
+    def __init__(self, store: Store, version: str, began: float, delay: float = 0.0) -> None:
         super().__init__(daemon=True)
         self._rows = store.rows(version=version)
-        self._delay = delay
+        self._first = began + delay
         self._ended = threading.Event()
         self.applied = 0
         self.longest = 0.0
@@ -44,7 +45,7 @@ class Follower(threading.Thread):
     def run(self) -> None:
         while not self._ended.wait(0.001):
             began = time.monotonic()
-            head = int((began - BEGAN - self._delay) * RATE)
+            head = int((began - self._first) * RATE)
             if head > self.applied:
                 steps = [
                     Advance(INCARNATION, partition, self.applied, head, None, None, None)
@@ -69,9 +70,10 @@ async def follow(store: Store) -> AsyncIterator[Follow]:
     for version in ("v", "w"):
         await store.make(DEFINITION, version=version)
     begun: list[Follower] = []
+    began = time.monotonic()  # so that a version that begins later is behind by the events of this test alone
 
     def start(version: str, delay: float = 0.0) -> Follower:
-        begun.append(Follower(store, version, delay))
+        begun.append(Follower(store, version, began, delay))
         begun[-1].start()
         return begun[-1]
 
