@@ -80,7 +80,6 @@ class Client(threading.Thread):
         acknowledged: the acknowledged appends, in their order.
         counts: how many were acknowledged and how many events they hold, how many were atomic, answered as replays and
             refused for a revision, and how often one was repeated.
-        token: the latest acknowledged append's.
         failure: the first answer that no client may get.
     """
 
@@ -95,28 +94,11 @@ class Client(threading.Thread):
         self._seen: collections.Counter[str] = collections.Counter()  # the revision of each subject, as last told
         self.acknowledged: list[Acknowledged] = []
         self.counts: collections.Counter[str] = collections.Counter()
-        self.token = ""
         self.failure: str | None = None
 
     def stop(self) -> None:
         """Let the client finish the append that it is at; join it to wait for that."""
         self._stopped.set()
-
-    def fill(self, appends: int) -> None:
-        """Append a history before running: atomic appends of 25 events to each of 8 subjects.
-
-        Raises:
-            Failed: one was refused.
-        """
-        for _ in range(appends):
-            parts = []
-            for _ in range(8):
-                customer = self._customer()
-                placed = self._event("OrderPlaced", {"customer": customer, "total": self._random.randrange(9999) / 100})
-                events = [placed, *(self._item(customer) for _ in range(24))]
-                parts.append(Part(f"{self.name} order/{next(self._numbers)}", events, "none"))
-            if not self._append(parts):
-                raise Failed(f"{parts}: a revision conflict on subjects that nobody else writes to")
 
     def run(self) -> None:
         """Append until stopped or failed."""
@@ -207,7 +189,6 @@ class Client(threading.Thread):
         for part, place in zip(parts, places, strict=True):
             self._seen[part.subject] = max(self._seen[part.subject], place.revision)
         self.acknowledged.append(list(zip(parts, places, strict=True)))
-        self.token = answer["token"]
         self.counts["acknowledged"] += 1
         self.counts["events"] += sum(len(part.events) for part in parts)
         self.counts["atomic"] += len(parts) > 1
