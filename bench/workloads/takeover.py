@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from refold.eventstore import EventStore, NewEvent
 from refold.eventstore.catalog import Stream
 
+from bench.following import Readers
 from bench.orders import OrderEvent
-from bench.relaying import Readers, running_relay
+from bench.relaying import running_relay
 from bench.result import Comparison, Run
 from bench.servers import PARTITIONS, Servers
 from bench.waiting import until

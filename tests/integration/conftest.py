@@ -11,6 +11,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from refold.projection.readstore import postgres as read_store
 
 from hack.servers import Kafka, Postgres, Redis
+from tests.projecting import World
 from tests.readstores import Store
 
 _numbers = itertools.count(1)
@@ -80,3 +81,12 @@ async def admin(database: str) -> AsyncIterator[AsyncConnection[Any]]:
         left = [row[0] for row in await cursor.fetchall()]
         for role in left:
             await root.execute(f'drop owned by "{role}"; drop role "{role}"')
+
+
+@pytest.fixture
+async def world(database: str, kafka: Kafka) -> World:
+    """A Refold with one stream of three partitions; a module that needs another one has a `world` of its own."""
+    world = World(database, kafka)
+    await world.install()
+    await world.stream()
+    return world

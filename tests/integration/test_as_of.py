@@ -9,7 +9,6 @@ from psycopg import AsyncConnection
 from refold.eventstore import catalog
 from refold.projection.definition import Definition
 
-from hack.servers import Kafka
 from tests.projecting import (
     CUSTOMERS,
     NAMESPACE,
@@ -21,14 +20,6 @@ from tests.projecting import (
     random_events,
     until,
 )
-
-
-@pytest.fixture
-async def world(database: str, kafka: Kafka) -> World:
-    world = World(database, kafka)
-    await world.install()
-    await world.stream()
-    return world
 
 
 def as_of(definition: Definition, moment: dt.datetime) -> Definition:

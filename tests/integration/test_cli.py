@@ -19,7 +19,6 @@ from refold.query import state
 from refold.query.settings import Settings as QuerySettings
 from refold.web.app import App
 
-from hack.servers import Kafka
 from hack.servers.callers import tokens_file
 from tests.integration import kubernetes_api
 from tests.integration.kubelet import Kubelet
@@ -46,14 +45,6 @@ def run(*arguments: object, program: str = "refold", environment: Mapping[str, s
         timeout=120, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     return Ran(done.returncode, done.stdout, done.stderr)
-
-
-@pytest.fixture
-async def world(database: str, kafka: Kafka) -> World:
-    world = World(database, kafka)
-    await world.install()
-    await world.stream()
-    return world
 
 
 @pytest.mark.parametrize("program", ["refold", "kubectl-refold"])

@@ -8,7 +8,6 @@ import refold
 from refold.projection.definition import Column, Definition, Handler
 from refold_operator.projection import _failing
 
-from hack.servers import Kafka
 from tests.projecting import (
     CUSTOMERS,
     NAMESPACE,
@@ -49,14 +48,6 @@ def picky(event, table):
         raise SystemExit("no")
     table.add(event.subject, n=event.data["n"])
 '''
-
-
-@pytest.fixture
-async def world(database: str, kafka: Kafka) -> World:
-    world = World(database, kafka)
-    await world.install()
-    await world.stream()
-    return world
 
 
 @pytest.fixture

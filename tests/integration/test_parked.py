@@ -17,7 +17,6 @@ from refold.query import parked
 from refold.query.server import app
 from refold.query.settings import Settings
 
-from hack.servers import Kafka
 from hack.servers.callers import tokens_file
 from tests import served
 from tests.parking import (
@@ -36,14 +35,6 @@ from tests.parking import (
 )
 from tests.projecting import CUSTOMERS, NAMESPACE, ORDERS, World, fold_orders, until
 from tests.served import Answer, Served
-
-
-@pytest.fixture
-async def world(database: str, kafka: Kafka) -> World:
-    world = World(database, kafka)
-    await world.install()
-    await world.stream()
-    return world
 
 
 async def test_a_row_is_folded_again_in_order_once_what_it_failed_by_is_gone(world: World) -> None:

@@ -31,14 +31,6 @@ from tests.records import headers
 
 
 @pytest.fixture
-async def world(database: str, kafka: Kafka) -> World:
-    world = World(database, kafka)
-    await world.install()
-    await world.stream()
-    return world
-
-
-@pytest.fixture
 async def orders(world: World) -> ReadModel:
     return await world.projection(ORDERS, "order-status")
 

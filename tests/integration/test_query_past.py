@@ -22,7 +22,6 @@ from refold.query.settings import Settings
 from refold_operator.database import Database
 from refold_operator.store import Store as EventStore
 
-from hack.servers import Kafka
 from hack.servers.callers import tokens_file
 from tests import served
 from tests.parking import TOKEN, ask, kind, listed
@@ -31,14 +30,6 @@ from tests.readstores import Store
 from tests.served import Answer, Served
 
 PASSWORD = "h" * 43
-
-
-@pytest.fixture
-async def world(database: str, kafka: Kafka) -> World:
-    world = World(database, kafka)
-    await world.install()
-    await world.stream()
-    return world
 
 
 async def history_login(world: World, *, reads: bool = True) -> str:

@@ -10,7 +10,7 @@ from refold.projection.definition import Column, Definition, FoldRule
 from refold.query.server import app
 from refold.query.settings import Settings
 
-from hack.servers import Kafka, Redis
+from hack.servers import Redis
 from hack.servers.callers import tokens_file
 from tests import served
 from tests.projecting import (
@@ -26,14 +26,6 @@ from tests.projecting import (
     until,
 )
 from tests.readstores import Store
-
-
-@pytest.fixture
-async def world(database: str, kafka: Kafka) -> World:
-    world = World(database, kafka)
-    await world.install()
-    await world.stream()
-    return world
 
 
 @pytest.fixture

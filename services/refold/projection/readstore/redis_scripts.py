@@ -27,6 +27,12 @@ local function without_effect(base, version)
 end
 """
 
+#: What is asked about the parked events of a projection; nothing of one that isn't there.
+_ASKED = """
+local base, asked = KEYS[1], cmsgpack.unpack(ARGV[1])
+if redis.call('EXISTS', base .. 'claim') == 0 then return {'unclaimed'} end
+"""
+
 CLAIM = (
     _MANAGES
     + """
@@ -360,9 +366,8 @@ end
 #: Answers 'unclaimed', or what a version has parked, with errors, and all that was discarded of any version.
 ASIDE = (
     _READS
+    + _ASKED
     + """
-local base, asked = KEYS[1], cmsgpack.unpack(ARGV[1])
-if redis.call('EXISTS', base .. 'claim') == 0 then return {'unclaimed'} end
 local prefix = base .. asked.version .. ':'
 return {'ok', redis.call('HGETALL', prefix .. 'parked'), redis.call('HGETALL', prefix .. 'errors'),
   redis.call('HVALS', base .. 'discarded')}
@@ -372,9 +377,8 @@ return {'ok', redis.call('HGETALL', prefix .. 'parked'), redis.call('HGETALL', p
 #: Answers 'unclaimed', 'none' (no such version), or the version, its definition, parked events and errors.
 LIST_PARKED = (
     _READS
+    + _ASKED
     + """
-local base, asked = KEYS[1], cmsgpack.unpack(ARGV[1])
-if redis.call('EXISTS', base .. 'claim') == 0 then return {'unclaimed'} end
 local version = asked.version or redis.call('GET', base .. 'live')
 local definition = version and redis.call('HGET', base .. 'definitions', version)
 if not definition then return {'none'} end
@@ -386,9 +390,8 @@ return {'ok', version, definition, redis.call('HGETALL', prefix .. 'parked'), re
 #: Leaves a mark. Answers the wanted version, the one that the event is parked in, and whether the mark is there.
 ASK = (
     _WRITES
+    + _ASKED
     + """
-local base, asked = KEYS[1], cmsgpack.unpack(ARGV[1])
-if redis.call('EXISTS', base .. 'claim') == 0 then return {'unclaimed'} end
 local wanted, found = asked.version or redis.call('GET', base .. 'live'), false
 for _, version in ipairs(redis.call('HKEYS', base .. 'definitions')) do
   if redis.call('HEXISTS', base .. version .. ':parked', asked.id) == 1 then found = version end
@@ -410,9 +413,8 @@ return {'ok', wanted, found, done}
 #: All that tells what became of a parked event.
 LOOK_PARKED = (
     _READS
+    + _ASKED
     + """
-local base, asked = KEYS[1], cmsgpack.unpack(ARGV[1])
-if redis.call('EXISTS', base .. 'claim') == 0 then return {'unclaimed'} end
 local prefix = base .. asked.version .. ':'
 local rows = {}
 if redis.call('HEXISTS', prefix .. 'parked', asked.id) == 1 then rows = redis.call('HGETALL', prefix .. 'parked') end
@@ -426,9 +428,8 @@ return {
 
 WITHDRAW = (
     _WRITES
+    + _ASKED
     + """
-local base, asked = KEYS[1], cmsgpack.unpack(ARGV[1])
-if redis.call('EXISTS', base .. 'claim') == 0 then return {'unclaimed'} end
 for _, version in ipairs(redis.call('HKEYS', base .. 'definitions')) do
   local mark = redis.call('HGET', base .. version .. ':asked', asked.id)
   if mark and string.match(mark, '^%S+') == asked.token then
