@@ -126,6 +126,27 @@ async def test_positions_that_a_crash_of_redis_took_back_are_refilled(
     assert await customers.read() == fold_customers(world)
 
 
+async def test_versions_that_a_crash_of_redis_took_back_are_made_again_and_filled_by_the_same_projectors(
+    world: World, crashing: tuple[Redis, Store]
+) -> None:
+    """As the operator makes them, which looks at all of a Projection again and again."""
+    redis, store = crashing
+    world.append(random_events(400))
+    orders = await world.projection_in(store, ORDERS, "order-status")
+    customers = await world.projection_in(store, CUSTOMERS, "customers")
+    with orders.projector(), customers.projector():
+        orders.wait()
+        customers.wait()
+        redis.lose(1)
+        world.append(random_events(100, seed=2))
+        await asyncio.sleep(1)  # so that they have seen that nothing is there
+        for definition, name in ((ORDERS, "order-status"), (CUSTOMERS, "customers")):
+            await world.projection_in(store, definition, name)
+        until(lambda: orders.caught_up() and customers.caught_up(), "both to catch up", 60)
+    assert await orders.read() == fold_orders(world)
+    assert await customers.read() == fold_customers(world)
+
+
 async def test_a_former_version_in_redis_folds_on_through_a_crash_and_takes_its_place_back(
     world: World, crashing: tuple[Redis, Store]
 ) -> None:

@@ -1,5 +1,6 @@
 """Every read store answers queries alike: rows, filters, orders, cursors, and the positions that the rows are of."""
 
+import asyncio
 import datetime as dt
 import json
 import random
@@ -26,6 +27,7 @@ from refold.projection.readstore import (
     Seen,
     TooSlowError,
     UnavailableError,
+    stores,
 )
 from refold.projection.readstore.redis import unsuitable
 from refold.query.server import app
@@ -257,6 +259,45 @@ async def test_a_swap_and_a_drop_are_seen_at_once(store: Store, reads: Reads) ->
     assert (status.live, list(status.versions)) == ("w", ["w"])
     await store.admin.drop(namespace="n", name="p", uid="p")
     assert await reads.live() is None
+
+
+@pytest.mark.parametrize("store", ["redis"], indirect=True)
+async def test_a_version_that_comes_and_goes_is_there_or_not_there_for_all_who_look(store: Store) -> None:
+    """As where two operators are at work, or a crash of Redis takes back what was made last."""
+    await store.make(definition())
+    here = {"namespace": "n", "name": "p", "version": "w"}
+    ended = False
+
+    async def come_and_go() -> None:
+        for _ in range(40):
+            await store.make(definition(), version="w")
+            await store.admin.drop_version(**here)
+
+    async def make() -> None:
+        indexed = True
+        while not ended:
+            indexed = not indexed
+            await store.make(definition(indexed=indexed), version="w")
+
+    def look() -> set[str]:
+        found = set()
+        rows = stores.rows(store.url, namespace="n", name="p", version="w")
+        while not ended:
+            try:
+                rows.open()
+                found.add("there")
+            except NotFoundError:
+                found.add("not there")
+        rows.close()
+        return found
+
+    others = [asyncio.create_task(make()), asyncio.create_task(asyncio.to_thread(look))]
+    try:
+        await come_and_go()
+    finally:
+        ended = True
+        _, found = await asyncio.gather(*others)
+    assert found == {"there", "not there"}
 
 
 async def test_a_version_with_ends_knows_them_as_heads_from_the_beginning(store: Store) -> None:

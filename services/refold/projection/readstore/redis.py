@@ -215,14 +215,15 @@ class RedisStore:
                 for partition, end in enumerate(definition.ends.get(stream.incarnation, [None] * stream.partitions))
             ],
         }
-        answer = await self._call(scripts.ENSURE_VERSION, base, asked)
+        answer, *found = await self._call(scripts.ENSURE_VERSION, base, asked)
         if answer == b"dropping":  # a drop that broke off
             await self._drop_rows(namespace, name, version)
-            answer = await self._call(scripts.ENSURE_VERSION, base, asked)
+            answer, *found = await self._call(scripts.ENSURE_VERSION, base, asked)
         if answer == b"unclaimed":
             raise NotFoundError(f"the read store holds no projection {namespace}/{name}; claim it first")
         if answer == b"there":
-            await self._reconcile_indexes(base, own, version, definition)
+            indexes, stored = found
+            await self._reconcile_indexes(base, own, version, definition, Indexes.of(indexes.decode()), stored)
         return bool(answer == b"made")
 
     async def try_swap(self, *, namespace: str, name: str, version: str) -> bool:
@@ -323,15 +324,16 @@ class RedisStore:
         found = await self._command("HGETALL", f"{prefix(namespace, name)}definitions")
         return {version.decode(): VersionDefinition.from_json(text) for version, text in found.items()}
 
-    async def _reconcile_indexes(self, base: str, own: str, version: str, definition: VersionDefinition) -> None:
+    async def _reconcile_indexes(
+        self, base: str, own: str, version: str, definition: VersionDefinition, before: Indexes, stored: bytes
+    ) -> None:
         """Bring a version's indexes to its definition, which tells of a new one once all rows are in it.
 
         From the moment that an index is being built, who writes a row puts it there; the rows that aren't written
-        meanwhile are put there from here.
+        meanwhile are put there from here. `before` and `stored` are the indexes and the definition as they are; where
+        somebody changed them meanwhile, or dropped the version, or a crash took it back, nothing is done.
         """
         text = definition.to_json()
-        before = Indexes.of((await self._command("GET", f"{own}indexes")).decode())
-        stored = await self._command("HGET", f"{base}definitions", version)
         columns = {column.name: column for column in definition.definition.columns if column.index}
         wanted = frozenset(columns)
         if before == (wanted, frozenset()) and stored == text.encode():

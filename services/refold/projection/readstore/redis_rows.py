@@ -91,10 +91,11 @@ class RedisRows:
     def open(self) -> VersionDefinition:
         """Return the version's definition and prepare for writing."""
         found = self._command("HGET", f"{self._base}definitions", self._version)
-        if found is None:
+        indexes = self._indexes()
+        if found is None or indexes is None:
             raise NotFoundError(f"the projection {self._what} has no version {self._version} in the read store")
         definition = VersionDefinition.from_json(found)
-        self._writer = _Writer(definition, self._indexes())
+        self._writer = _Writer(definition, indexes)
         return definition
 
     def positions(self, partitions: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Position]:
@@ -203,7 +204,10 @@ class RedisRows:
             if answer == b"":
                 return
             if answer == b"indexes":
-                writer.indexes = self._indexes()
+                indexes = self._indexes()
+                if indexes is None:
+                    raise MovedError(f"the version {self._version} was dropped")
+                writer.indexes = indexes
             elif answer != b"row":
                 raise MovedError(f"the read store stands at {answer.decode()}, this projector elsewhere")
             elif read is not None:
@@ -247,11 +251,10 @@ class RedisRows:
         found = self._command("HGETALL", name)
         return cast("dict[bytes, bytes]", found)
 
-    def _indexes(self) -> Indexes:
+    def _indexes(self) -> Indexes | None:
+        """Return the version's indexes; None where it isn't there."""
         found = self._command("GET", f"{self._prefix}indexes")
-        if found is None:
-            raise MovedError(f"the version {self._version} was dropped")
-        return Indexes.of(found.decode())
+        return None if found is None else Indexes.of(found.decode())
 
     def _fields(self, keys: Sequence[str], fields: Sequence[str]) -> list[list[bytes | None]]:
         asked = msgspec.msgpack.encode({"keys": keys, "fields": fields})

@@ -54,14 +54,14 @@ return 1
 """
 )
 
-#: Answers 'unclaimed', 'dropping', 'made' or 'there'.
+#: Answers 'unclaimed', 'dropping', 'made', or 'there' with the indexes and the definition, so all of one moment.
 ENSURE_VERSION = (
     _MANAGES
     + """
 local base, asked = KEYS[1], cmsgpack.unpack(ARGV[1])
 local version, prefix = asked.version, base .. asked.version .. ':'
-if redis.call('EXISTS', base .. 'claim') == 0 then return 'unclaimed' end
-if redis.call('HEXISTS', base .. 'dropping', version) == 1 then return 'dropping' end
+if redis.call('EXISTS', base .. 'claim') == 0 then return {'unclaimed'} end
+if redis.call('HEXISTS', base .. 'dropping', version) == 1 then return {'dropping'} end
 local made = redis.call('HSETNX', base .. 'definitions', version, asked.definition)
 if made == 1 then
   local time = redis.call('TIME')
@@ -76,7 +76,8 @@ if made == 1 then
   redis.call('SET', prefix .. 'indexes', asked.indexes)
 end
 if redis.call('EXISTS', base .. 'live') == 0 then redis.call('SET', base .. 'live', version) end
-return made == 1 and 'made' or 'there'
+if made == 1 then return {'made'} end
+return {'there', redis.call('GET', prefix .. 'indexes'), redis.call('HGET', base .. 'definitions', version)}
 """
 )
 
