@@ -14,6 +14,7 @@ from kubernetes.aio import client, config
 from kubernetes.aio.client.exceptions import ApiException
 
 from refold_operator.errors import UnreachableError
+from refold_operator.guard import Guard, unguarded
 
 #: The field manager of all that the operator applies.
 MANAGER = "refold-operator"
@@ -35,6 +36,8 @@ _PATHS = {
         "validatingwebhookconfigurations",
     ),
     "Event": ("/api/v1", "events"),
+    "Lease": ("/apis/coordination.k8s.io/v1", "leases"),
+    "Pod": ("/api/v1", "pods"),
 }
 
 Object = dict[str, Any]
@@ -55,18 +58,19 @@ class RefusedError(Exception):
 class Cluster:
     """A connection to the API server; in a pod as its service account, else as the kubeconfig says."""
 
-    def __init__(self, api: client.ApiClient) -> None:
-        self._api = api
+    def __init__(self, api: client.ApiClient, *, guard: Guard = unguarded) -> None:
+        """Use `api`; `guard` is called before each request that changes something."""
+        self._api, self._guard = api, guard
 
     @classmethod
-    async def connect(cls) -> "Cluster":
+    async def connect(cls, *, guard: Guard = unguarded) -> "Cluster":
         """Read the credentials; no request is made yet."""
         configuration = client.Configuration()
         try:
             config.load_incluster_config(configuration)
         except config.ConfigException:
             await config.load_kube_config(client_configuration=configuration)
-        return cls(client.ApiClient(configuration))
+        return cls(client.ApiClient(configuration), guard=guard)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -113,6 +117,17 @@ class Cluster:
             "PATCH", kind, namespace, name,
             query={"fieldManager": MANAGER}, body=patch, content_type="application/merge-patch+json",
         )  # fmt: skip
+        assert answer is not None
+        return answer
+
+    async def replace(self, changed: Object) -> Object:
+        """Replace an object by what it is `changed` to, in the version that it was read in, and return the object.
+
+        Raises:
+            RefusedError: it was changed (409) or deleted (404) meanwhile.
+        """
+        metadata = changed["metadata"]
+        answer = await self._request("PUT", changed["kind"], metadata["namespace"], metadata["name"], body=changed)
         assert answer is not None
         return answer
 
@@ -197,6 +212,8 @@ class Cluster:
                 method, path, header_params={"Accept": "application/json", "Content-Type": content_type},
                 body=body, auth_settings=["BearerToken"],
             )  # fmt: skip
+            if method != "GET":
+                self._guard()
             response = await self._api.call_api(*serialized, _request_timeout=_TIMEOUT_SECONDS)
             data = await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError, ApiException) as error:

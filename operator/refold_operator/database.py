@@ -1,7 +1,14 @@
-"""Connections to a PostgreSQL database as its administrator, and what its errors mean for a reconcile."""
+"""Connections to a PostgreSQL database as its administrator, and what its errors mean for a reconcile.
+
+Before a process uses a database for the first time it ends the sessions that other processes of the operator have there
+(those of the same login, by their application_name). Only the holder of the Lease gets so far, and it looks whether it
+still is one after it has its session. So a former holder's sessions are all from before the present one's first: what a
+frozen process still sends, or had under way, is rolled back instead of done.
+"""
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,10 +18,23 @@ from psycopg import AsyncConnection
 from psycopg.conninfo import conninfo_to_dict
 
 from refold_operator.errors import UnreachableError
+from refold_operator.guard import Guard, unguarded
 
 _CONNECT_SECONDS = 5
 _WAIT_SECONDS = 6.0
 _STATEMENT_SECONDS = 60
+_APPLICATION = "refold-operator"
+#: Tells this process' sessions from others'.
+_PROCESS = secrets.token_hex(8)
+#: The sessions of the operator's other processes: which of them are still there a while after they were told to end.
+#: Materialized, or the planner might end sessions before it has looked whose they are.
+_END_OTHERS = """
+with others as materialized (
+  select pid from pg_stat_activity
+  where application_name like %(ours)s and application_name <> %(mine)s
+    and datname = current_database() and usename = current_user)
+select pid from others where not pg_terminate_backend(pid, 5000)
+"""
 # SQLSTATE classes and codes of an outage: connection, resources, operator intervention, read-only (a standby after
 # a failover), lock and statement timeouts, serialization and deadlock.
 _PASSING = ("08", "53", "57", "58", "25006", "55P03", "40")
@@ -23,10 +43,21 @@ _PASSING = ("08", "53", "57", "58", "25006", "55P03", "40")
 class Database:
     """A small pool of administrator's connections that survives restarts of the server."""
 
-    def __init__(self, dsn: str, what: str) -> None:
-        """Use `dsn`; `what` names the database in messages, such as `event store`."""
+    def __init__(self, dsn: str, what: str, *, guard: Guard = unguarded, process: str = _PROCESS) -> None:
+        """Use `dsn`.
+
+        Args:
+            dsn: of the administrator.
+            what: names the database in messages, such as `event store`.
+            guard: called before each use of a connection.
+            process: names the process that uses it, in at most 40 characters.
+        """
         parts = conninfo_to_dict(dsn)
         self.dsn = dsn
+        self._guard = guard
+        self._session = f"{_APPLICATION} {process}"
+        self._alone = False
+        self._ending = asyncio.Lock()
         self.name = str(parts["dbname"])
         self.system = f"the {what} (PostgreSQL database {self.name} at {parts['host']}:{parts.get('port', 5432)})"
         self._pool = psycopg_pool.AsyncConnectionPool(
@@ -41,7 +72,7 @@ class Database:
             kwargs={
                 "autocommit": True,
                 "connect_timeout": _CONNECT_SECONDS,
-                "application_name": "refold-operator",
+                "application_name": self._session,
                 "options": f"-c statement_timeout={_STATEMENT_SECONDS}s -c lock_timeout=20s",
                 "keepalives_idle": 10,
                 "keepalives_interval": 5,
@@ -68,6 +99,10 @@ class Database:
         """
         try:
             async with self._pool.connection() as connection:
+                # With the session there, so that the next holder ends it.
+                self._guard()
+                if not self._alone:
+                    await self._end_others(connection)
                 yield connection
         except psycopg_pool.PoolTimeout:
             raise UnreachableError(self.system, await self._why()) from None
@@ -77,6 +112,19 @@ class Database:
             if error.sqlstate is not None and error.sqlstate.startswith(_PASSING):
                 raise UnreachableError(self.system, _line(error)) from error
             raise
+
+    async def _end_others(self, connection: AsyncConnection[Any]) -> None:
+        """End the sessions of other processes of the operator, once."""
+        async with self._ending:
+            if self._alone:
+                return
+            cursor = await connection.execute(_END_OTHERS, {"ours": f"{_APPLICATION}%", "mine": self._session})
+            if left := await cursor.fetchall():
+                pids = ", ".join(str(pid) for (pid,) in left)
+                raise UnreachableError(
+                    self.system, f"sessions of the operator's former process don't end (pids {pids})"
+                )
+            self._alone = True
 
     async def _why(self) -> str:
         """Return what the server answers to one connection; the pool itself tells only that it waited."""

@@ -6,6 +6,7 @@ to be done is decided by `Controller`, from what is there and not from what has 
 
 from typing import Any
 
+import aiohttp
 import kopf
 
 from refold_operator.children import COMPONENT_LABEL, MANAGED, PROJECTION_LABEL, STREAM_LABEL
@@ -13,6 +14,7 @@ from refold_operator.cluster import GROUP, VERSION
 from refold_operator.controller import Controller
 from refold_operator.installation import Installation
 from refold_operator.resources import FINALIZER
+from refold_operator.watches import Watches
 from refold_operator.workqueue import Key
 
 _PREFIX = "operator.refold.dev"
@@ -30,7 +32,7 @@ def settings() -> kopf.OperatorSettings:
     result.persistence.finalizer = FINALIZER
     result.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=_PREFIX, v1=False)
     result.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=_PREFIX, v1=False)
-    result.peering.standalone = True  # the chart runs one replica, replaced by Recreate
+    result.peering.standalone = True  # kopf runs only where the Lease is held (`election`)
     result.scanning.disabled = True  # the CRDs are there before kopf starts, so no rights on CRDs and namespaces
     result.posting.enabled = False  # the controller writes Events itself: one a change of outcome
     result.watching.server_timeout = 5 * 60
@@ -42,6 +44,34 @@ def settings() -> kopf.OperatorSettings:
     for kind in _CHILDREN:
         result.watching.label_selectors[kind] = MANAGED
     return result
+
+
+@kopf.on.login()
+async def log_in(memo: Any, **known: Any) -> kopf.AiohttpSession:
+    """Let kopf's own requests (finalizers, annotations) pass the guard as all others do."""
+    found = kopf.login_via_client(**known)
+    assert found is not None, "the client's package is there"
+
+    async def guarded(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+        if request.method != "GET":
+            memo.guard()
+        return await send(request)
+
+    session = aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, ssl=found.as_ssl_context()),
+        headers=found.as_http_headers(),
+        trust_env=found.trust_env,
+        middlewares=[guarded],
+    )
+    return kopf.AiohttpSession(server=found.server, aiohttp_session=session)
+
+
+@kopf.on.event(GROUP, VERSION, "eventstreams")
+@kopf.on.event(GROUP, VERSION, "projections")
+async def seen(memo: Any, type: str | None, uid: str, body: Any, **_: Any) -> None:  # noqa: A002 - kopf's name
+    """A watch has brought an EventStream or Projection."""
+    watches: Watches = memo.watches
+    watches.seen(uid, body["metadata"]["generation"], deleted=type == "DELETED")
 
 
 @kopf.on.resume(GROUP, VERSION, "eventstreams")

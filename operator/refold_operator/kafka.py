@@ -30,6 +30,7 @@ from confluent_kafka.admin import (
 from refold.kafka import Brokers
 
 from refold_operator.errors import ForbiddenError, UnreachableError
+from refold_operator.guard import Guard, unguarded
 
 _TIMEOUT_SECONDS = 15.0
 # What a broker answers about the request itself; everything else is an outage or a change of leaders that passes.
@@ -70,8 +71,9 @@ class Topic:
 class Kafka:
     """One Kafka cluster."""
 
-    def __init__(self, brokers: Brokers) -> None:
-        """Connect lazily."""
+    def __init__(self, brokers: Brokers, *, guard: Guard = unguarded) -> None:
+        """Connect lazily; `guard` is called before each request that changes something."""
+        self._guard = guard
         self._system = f"Kafka at {brokers.bootstrap}"
         self._brokers = brokers
         self._admin = AdminClient({**brokers.config(), "client.id": "refold-operator"})
@@ -113,7 +115,7 @@ class Kafka:
             TopicRefusedError: the broker refuses the name, the replication factor or a config.
         """
         topic = NewTopic(name, num_partitions=partitions, replication_factor=replicas, config=dict(config))
-        futures = self._admin.create_topics(
+        futures = self._changing().create_topics(
             [topic], operation_timeout=_TIMEOUT_SECONDS, request_timeout=_TIMEOUT_SECONDS + 5
         )
         try:
@@ -138,12 +140,12 @@ class Kafka:
             for config, value in changes.items()
         ]
         resource = ConfigResource(ResourceType.TOPIC, name, incremental_configs=entries)
-        futures = self._admin.incremental_alter_configs([resource], request_timeout=_TIMEOUT_SECONDS)
+        futures = self._changing().incremental_alter_configs([resource], request_timeout=_TIMEOUT_SECONDS)
         await self._answer(futures[resource])
 
     async def delete(self, name: str) -> None:
         """Delete a topic; one that is gone is no error."""
-        futures = self._admin.delete_topics(
+        futures = self._changing().delete_topics(
             [name], operation_timeout=_TIMEOUT_SECONDS, request_timeout=_TIMEOUT_SECONDS + 5
         )
         try:
@@ -174,7 +176,7 @@ class Kafka:
             ForbiddenError: the operator may not change ACLs, or the brokers have no authorizer.
         """
         added = sorted(add)
-        futures = list(self._admin.create_acls(added, request_timeout=_TIMEOUT_SECONDS).values()) if added else []
+        futures = list(self._changing().create_acls(added, request_timeout=_TIMEOUT_SECONDS).values()) if added else []
         filters = [
             AclBindingFilter(
                 one.restype, one.name, one.resource_pattern_type, one.principal, one.host, one.operation,
@@ -183,7 +185,7 @@ class Kafka:
             for one in sorted(drop)
         ]  # fmt: skip
         if filters:
-            futures += self._admin.delete_acls(filters, request_timeout=_TIMEOUT_SECONDS).values()
+            futures += self._changing().delete_acls(filters, request_timeout=_TIMEOUT_SECONDS).values()
         for future in futures:
             await self._answer(future)
 
@@ -213,8 +215,13 @@ class Kafka:
                 raise
 
     async def _alter(self, alteration: UserScramCredentialAlteration) -> None:
-        futures = self._admin.alter_user_scram_credentials([alteration], request_timeout=_TIMEOUT_SECONDS)
+        futures = self._changing().alter_user_scram_credentials([alteration], request_timeout=_TIMEOUT_SECONDS)
         await self._answer(futures[alteration.user])
+
+    def _changing(self) -> AdminClient:
+        """Return the client for a request that changes something."""
+        self._guard()
+        return self._admin
 
     async def _answer(self, future: "concurrent.futures.Future[Any]") -> Any:
         """Await an answer; outages and refusals become errors of their own, the rest stays a KafkaException."""

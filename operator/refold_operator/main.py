@@ -1,9 +1,9 @@
-"""The operator's process: connections, kopf, the queue's workers, probes."""
+"""The operator's process: connections, the election, kopf, the queue's workers, probes."""
 
 import asyncio
 import contextlib
 import logging
-import time
+import signal
 
 import kopf
 import structlog
@@ -15,49 +15,52 @@ from refold_operator.access import Access
 from refold_operator.cluster import Cluster
 from refold_operator.controller import NUMBERS_SECONDS, Controller
 from refold_operator.database import Database
+from refold_operator.election import Election
 from refold_operator.errors import UnreachableError
 from refold_operator.installation import Installation
 from refold_operator.kafka import Kafka
+from refold_operator.liveness import Liveness
 from refold_operator.numbers import watch_numbers
 from refold_operator.readstore import ReadStore
 from refold_operator.redis import RedisReadStores
 from refold_operator.settings import Settings
 from refold_operator.store import Store
+from refold_operator.watches import Watches
 
 _log = structlog.get_logger(__name__)
 
-#: The event loop is stuck if it hasn't run for so many seconds.
-_STUCK_SECONDS = 60.0
-
-
-class _Pulse:
-    """Tells probes, from another thread, whether the event loop still runs."""
-
-    def __init__(self) -> None:
-        self._beat = time.monotonic()
-
-    async def beat(self) -> None:
-        while True:
-            self._beat = time.monotonic()
-            await asyncio.sleep(1)
-
-    def healthy(self) -> str | None:
-        silent = time.monotonic() - self._beat
-        return f"the event loop hasn't run for {silent:.0f} s" if silent > _STUCK_SECONDS else None
+#: Pods of operators that know no Lease: those of Refold 0.1.0.
+UNELECTED = "app.kubernetes.io/name=refold,app.kubernetes.io/component=operator,!refold.dev/elects"
 
 
 async def run(settings: Settings) -> None:
-    """Run until SIGTERM or SIGINT."""
-    cluster = await Cluster.connect()
-    store_database = Database(settings.store_admin_dsn.get_secret_value(), "event store")
-    read_database = Database(settings.readstore_admin_dsn.get_secret_value(), "read store")
+    """Stand by until this process holds the Lease, then work, until SIGTERM or SIGINT."""
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Until kopf runs and takes them; without a handler, the first process of a container isn't ended by them.
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    candidate = await Cluster.connect()
+    election = Election(candidate, namespace=settings.namespace, seconds=settings.lease_seconds)
+    try:
+        await _take_part(settings, election)
+    finally:
+        await candidate.close()
+    _log.info("stopped")
+
+
+async def _take_part(settings: Settings, election: Election) -> None:
+    guard = election.check
+    cluster = await Cluster.connect(guard=guard)
+    store_database = Database(settings.store_admin_dsn.get_secret_value(), "event store", guard=guard)
+    read_database = Database(settings.readstore_admin_dsn.get_secret_value(), "read store", guard=guard)
     store, readstore = Store(store_database, event_bytes=settings.event_bytes), ReadStore(read_database)
     for brokers in (settings.brokers(), settings.projectors()):
         if brokers is not None:
             kafka.end_when_changed(brokers)
     redis_url = settings.redis_admin_url
-    redis = RedisReadStores(cluster, admin_url=None if redis_url is None else redis_url.get_secret_value())
-    topics = Kafka(settings.brokers())
+    redis = RedisReadStores(cluster, admin_url=None if redis_url is None else redis_url.get_secret_value(), guard=guard)
+    topics = Kafka(settings.brokers(), guard=guard)
     access = Access(settings, topics)
     installation = Installation(
         namespace=settings.namespace, cluster=cluster, store=store, readstore=readstore, access=access
@@ -66,40 +69,65 @@ async def run(settings: Settings) -> None:
         settings, cluster=cluster, store=store, readstore=readstore, redis=redis, kafka=topics, access=access,
         installation=installation,
     )  # fmt: skip
-    pulse = _Pulse()
-    probes = Probes(
-        settings.port,
-        healthy=pulse.healthy,
-        ready=lambda: None if installation.done else "the installation isn't complete; see the log",
-    )
-    with probes:
-        try:
-            await store_database.open()
-            await read_database.open()
-            async with asyncio.TaskGroup() as tasks:
-                background = [
-                    tasks.create_task(pulse.beat()),
-                    tasks.create_task(
-                        installation.keep(every=settings.resync_seconds, installed=controller.queue.hurry)
-                    ),
-                    tasks.create_task(controller.queue.work(settings.workers)),
-                    tasks.create_task(watch_numbers(store, controller, every=NUMBERS_SECONDS)),
-                ]
-                await _wait_for_our_kinds(cluster)
-                await kopf.operator(
-                    clusterwide=True,
-                    standalone=True,
-                    settings=handlers.settings(),
-                    memo=kopf.Memo(controller=controller, installation=installation),
+    watches = Watches(cluster)
+    liveness = Liveness([controller.queue.stuck, watches.stuck])
+    working = False
+
+    def unready() -> str | None:
+        if working:
+            return None if installation.done else "the installation isn't complete; see the log"
+        return None if election.answered else "the Kubernetes API hasn't answered yet; see the log"
+
+    pulse = asyncio.create_task(liveness.keep())
+    try:
+        with Probes(settings.port, healthy=liveness.wrong, ready=unready):
+            async with election.held():
+                await _wait_for_former(cluster, settings.namespace)
+                working = True
+                await store_database.open()
+                await read_database.open()
+                async with asyncio.TaskGroup() as tasks:
+                    background = [
+                        tasks.create_task(
+                            installation.keep(every=settings.resync_seconds, installed=controller.queue.hurry)
+                        ),
+                        tasks.create_task(controller.queue.work(settings.workers)),
+                        tasks.create_task(watch_numbers(store, controller, every=NUMBERS_SECONDS)),
+                        tasks.create_task(watches.keep()),
+                    ]
+                    await _wait_for_our_kinds(cluster)
+                    await kopf.operator(
+                        clusterwide=True,
+                        standalone=True,
+                        settings=handlers.settings(),
+                        memo=kopf.Memo(controller=controller, installation=installation, watches=watches, guard=guard),
+                    )
+                    for task in background:
+                        task.cancel()
+    finally:
+        pulse.cancel()
+        await store_database.close()
+        await read_database.close()
+        await redis.close()
+        await cluster.close()
+
+
+async def _wait_for_former(cluster: Cluster, namespace: str) -> None:
+    """Wait until the operators of Refold 0.1.0 have ended, which work without a Lease; met in an upgrade only."""
+    told = False
+    while True:
+        with contextlib.suppress(UnreachableError):
+            former = [pod["metadata"]["name"] for pod in await cluster.list("Pod", namespace, selector=UNELECTED)]
+            if not former:
+                return
+            if not told:
+                told = True
+                _log.info(
+                    "waiting for operators of an earlier Refold to end; delete the pods, by force where their node is "
+                    "gone, if they don't",
+                    pods=former,
                 )
-                for task in background:
-                    task.cancel()
-        finally:
-            await store_database.close()
-            await read_database.close()
-            await redis.close()
-            await cluster.close()
-    _log.info("stopped")
+        await asyncio.sleep(1)
 
 
 async def _wait_for_our_kinds(cluster: Cluster) -> None:
@@ -129,4 +157,5 @@ def main() -> None:
     logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # outages are told by who meets them
     for handler in logging.getLogger().handlers:
         handler.addFilter(_plain)
-    asyncio.run(run(Settings()))  # type: ignore[call-arg]  # required settings come from the environment
+    with contextlib.suppress(asyncio.CancelledError):  # told to end while it stood by
+        asyncio.run(run(Settings()))  # type: ignore[call-arg]  # required settings come from the environment

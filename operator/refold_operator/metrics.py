@@ -12,3 +12,4 @@ DURATION = Histogram(
 )
 QUEUED = Gauge("refold_reconciliations_queued", "Resources that wait for a run, at once or at a time to come.")
 INSTALLED = Gauge("refold_installed", "1 once stores, logins and Secrets of the installation are in place.")
+LEADER = Gauge("refold_operator_leader", "1 while this process holds the operator's Lease and works.")

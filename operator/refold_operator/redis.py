@@ -8,6 +8,7 @@ Projection has ACL users of its own that reach its keys alone.
 import asyncio
 import base64
 import binascii
+from typing import Any
 
 from redis.exceptions import ResponseError
 from refold import names
@@ -17,6 +18,7 @@ from refold.projection.readstore.redis import SCHEMES, RedisStore, prefix
 from refold_operator import credentials, dsn
 from refold_operator.cluster import Cluster
 from refold_operator.errors import ReconcileError
+from refold_operator.guard import Guard, unguarded
 from refold_operator.readstore import Logins
 from refold_operator.resources import Projection
 
@@ -29,14 +31,22 @@ NO_REDIS = "ReadStoreMissing"
 class RedisReadStore(RedisStore):
     """The read models in one Redis, as `readstore.ReadStore` has those in PostgreSQL."""
 
-    def __init__(self, url: str) -> None:
-        """Use the Redis at `url`; nothing is asked of it yet."""
+    def __init__(self, url: str, *, guard: Guard = unguarded) -> None:
+        """Use the Redis at `url`; nothing is asked of it yet. `guard` is called before each request."""
         super().__init__(url)
-        self._url = url
+        self._url, self._guard = url, guard
 
     async def logins(self, key: bytes, *, namespace: str, name: str) -> Logins:  # noqa: ARG002 (as of PostgreSQL)
         """Return how projectors and query services reach it: as the Secret says."""
         return Logins(projector=self._url, query=self._url)
+
+    async def _call(self, text: str, key: str, *arguments: str | bytes | dict[str, Any]) -> Any:
+        self._guard()
+        return await super()._call(text, key, *arguments)
+
+    async def _command(self, *command: str | bytes | int) -> Any:
+        self._guard()
+        return await super()._command(*command)
 
     async def status(self, *, namespace: str, name: str) -> ProjectionStatus:
         """Return how far the versions are; without any where the projection isn't claimed."""
@@ -54,9 +64,9 @@ class SharedRedisReadStore(RedisReadStore):
     answered after they were given, and each process of the operator gives them once.
     """
 
-    def __init__(self, url: str) -> None:
-        """Use the Redis at `url`; nothing is asked of it yet."""
-        super().__init__(url)
+    def __init__(self, url: str, *, guard: Guard = unguarded) -> None:
+        """Use the Redis at `url`; nothing is asked of it yet. `guard` is called before each request."""
+        super().__init__(url, guard=guard)
         self._known: dict[str, tuple[list[str], object]] = {}
         # A file is written by one at a time, and what one call has changed isn't kept by the end of another's.
         self._changing = asyncio.Lock()
@@ -128,10 +138,16 @@ class SharedRedisReadStore(RedisReadStore):
 class RedisReadStores:
     """The Redis of each Projection that has one; a Redis keeps its connections between reconciles."""
 
-    def __init__(self, cluster: Cluster, *, admin_url: str | None) -> None:
-        """Read Secrets in `cluster`; `admin_url` is of the installation's Redis, where it has one."""
-        self._cluster = cluster
-        self._shared = None if admin_url is None else SharedRedisReadStore(admin_url)
+    def __init__(self, cluster: Cluster, *, admin_url: str | None, guard: Guard = unguarded) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            cluster: holds the Secrets.
+            admin_url: of the installation's Redis, where it has one.
+            guard: called before each request to a Redis.
+        """
+        self._cluster, self._guard = cluster, guard
+        self._shared = None if admin_url is None else SharedRedisReadStore(admin_url, guard=guard)
         self._known: dict[str, RedisReadStore] = {}
 
     async def of(self, projection: Projection) -> RedisReadStore:
@@ -157,7 +173,7 @@ class RedisReadStores:
             url = await self._url(projection.metadata.namespace, reference.name)
             store = self._known.get(url)
             if store is None:
-                store = self._known[url] = RedisReadStore(url)
+                store = self._known[url] = RedisReadStore(url, guard=self._guard)
         await store.install()
         return store
 

@@ -85,6 +85,8 @@ class Settings(AccessSettings):
     port: int = 8080
     #: How many resources are reconciled at the same time.
     workers: int = Field(default=8, ge=1)
+    #: How long the Lease of the replica that works lasts, in seconds; the other one takes over soon after its end.
+    lease_seconds: int = Field(default=8, ge=1)
     #: How often every resource is compared with what is there, in seconds, beside watching.
     resync_seconds: float = Field(default=300.0, gt=0)
 

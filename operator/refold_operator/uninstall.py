@@ -1,4 +1,4 @@
-"""What runs before the chart is uninstalled: the operator is stopped, and its finalizer taken off all resources.
+"""What runs before the chart is uninstalled: the operator is stopped, its Lease and its finalizers are taken away.
 
 Afterwards nobody could finish a deletion, so a finalizer that stayed would hang every later one (of a resource, of its
 namespace, of the CustomResourceDefinitions). Topics, schemas and read models stay, whatever `deletionPolicy` says:
@@ -14,6 +14,7 @@ import structlog
 from kubernetes import client, config
 from refold import logs
 
+from refold_operator import election
 from refold_operator.resources import FINALIZER
 
 _GROUP, _VERSION = "refold.dev", "v1alpha1"
@@ -50,6 +51,15 @@ def stop_operator(namespace: str) -> None:
                 "delete the pod, by force where its node is gone, and uninstall again"
             )
         time.sleep(1)
+
+
+def delete_lease(namespace: str) -> None:
+    """Delete the Lease of the operator that has ended; one that is gone is no error."""
+    try:
+        client.CoordinationV1Api().delete_namespaced_lease(election.NAME, namespace)
+    except client.ApiException as error:
+        if error.status != _NOT_FOUND:
+            raise
 
 
 def release(plural: str) -> int:
@@ -111,13 +121,14 @@ def _until_no_conflict(attempt: Callable[[], bool], *, tries: int = 5) -> bool:
 
 
 def main() -> None:
-    """Stop the operator of the namespace in `REFOLD_NAMESPACE` and take its finalizer off all resources."""
+    """Stop the operator of the namespace in `REFOLD_NAMESPACE`, and take its Lease and its finalizers away."""
     logs.configure("uninstall")
     try:
         config.load_incluster_config()
     except config.ConfigException:
         config.load_kube_config()
     stop_operator(os.environ["REFOLD_NAMESPACE"])
+    delete_lease(os.environ["REFOLD_NAMESPACE"])
     for plural in ("projections", "eventstreams"):
         _log.info("released", kind=plural, resources=release(plural))
 

@@ -7,6 +7,7 @@ come before a run begin it once, and a cause that comes during a run begins anot
 import asyncio
 import dataclasses
 import random
+import time
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ _FIRST_RETRY_SECONDS = 1.0
 _LAST_RETRY_SECONDS = 60.0
 #: A run that takes longer is cancelled and tried again: every call inside has a shorter limit of its own.
 RUN_SECONDS = 180.0
+#: A run that hasn't ended by then can't be cancelled; one that hasn't begun by then has no worker.
+STUCK_SECONDS = RUN_SECONDS + 60.0
 
 
 class Key(NamedTuple):
@@ -67,10 +70,12 @@ class WorkQueue:
         self._failures: dict[Key, int] = {}
         self._locks: dict[Key, asyncio.Lock] = {}
         self._changed = asyncio.Event()
+        self._began: dict[Key, float] = {}
+        self._last_began = time.monotonic()
 
     def add(self, key: Key, *, after: float = 0.0) -> None:
         """Run `key` at the latest `after` seconds from now."""
-        due = asyncio.get_running_loop().time() + after
+        due = time.monotonic() + after
         if key not in self._due or due < self._due[key]:
             self._due[key] = due
             self._changed.set()
@@ -92,6 +97,17 @@ class WorkQueue:
         """Run something else for `key`, after its current run and before the next one."""
         async with self._locks.setdefault(key, asyncio.Lock()):
             return await self._run(key, run)
+
+    def stuck(self) -> str | None:
+        """Return what keeps the queue from going on; None where it does."""
+        now = time.monotonic()
+        for key, began in self._began.items():
+            if now - began > STUCK_SECONDS:
+                return f"the reconcile of {key} has been running for {now - began:.0f} s"
+        oldest = min(self._due.values(), default=now)
+        if min(now - oldest, now - self._last_began) > STUCK_SECONDS:
+            return f"{len(self._due)} resources wait, and no worker has taken one for {now - self._last_began:.0f} s"
+        return None
 
     async def work(self, workers: int) -> None:
         """Run keys as they become due, until cancelled."""
@@ -118,7 +134,6 @@ class WorkQueue:
 
     async def _next(self) -> Key:
         """Return the key that has been due longest and isn't running, and take it out."""
-        loop = asyncio.get_running_loop()
         while True:
             self._changed.clear()
             free = [
@@ -127,10 +142,10 @@ class WorkQueue:
             wait = None
             if free:
                 due, key = min(free)
-                if due <= loop.time():
+                if due <= time.monotonic():
                     del self._due[key]
                     return key
-                wait = due - loop.time()
+                wait = due - time.monotonic()
             try:
                 async with asyncio.timeout(wait):
                     await self._changed.wait()
@@ -138,6 +153,7 @@ class WorkQueue:
                 pass
 
     async def _run(self, key: Key, run: Reconcile) -> Outcome:
+        self._began[key] = self._last_began = time.monotonic()
         try:
             with metrics.DURATION.labels(key.kind).time():
                 async with asyncio.timeout(RUN_SECONDS):
@@ -146,6 +162,7 @@ class WorkQueue:
             _log.exception("reconcile failed unexpectedly", kind=key.kind, namespace=key.namespace, name=key.name)
             outcome = Outcome(failed=True, message=f"{type(error).__name__}: {error}")
         finally:
+            del self._began[key]
             self._changed.set()
         metrics.RECONCILIATIONS.labels(key.kind).inc()
         if outcome.failed:

@@ -5,10 +5,12 @@ covers the same on a kind cluster.
 """
 
 import base64
+import copy
 import datetime as dt
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -56,13 +58,13 @@ class Operator:
     ) -> None:
         admin = f"{databases[0]}_admin"
         self.port = free_port()
+        self._api = api
         self.store, self.readstore = databases
         with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
             connection.execute(f"create role {admin} login createrole password 'local'")
             for database in databases:
                 connection.execute(f"create database {database} owner {admin}")
         self.admin = {name: postgres.dsn(name, user=admin, password="local") for name in databases}
-        self._log = Path(tempfile.mkdtemp(prefix="refold-operator-")) / "log"
         self._environment = {
             "KUBECONFIG": str(api.kubeconfig),
             "REFOLD_STORE_ADMIN_DSN": self.admin[self.store],
@@ -70,15 +72,17 @@ class Operator:
             "REFOLD_KAFKA_BOOTSTRAP": kafka.bootstrap,
             "REFOLD_IMAGE": "refold/refold:test",
             "REFOLD_NAMESPACE": "refold-system",
-            "REFOLD_PORT": str(self.port),
+            # nobody else takes over; it shall outlive that the API server is away
+            "REFOLD_LEASE_SECONDS": "60",
             **environment,
         }
+        self._log = Path(tempfile.mkdtemp(prefix="refold-operator-")) / "log"
         self._process = self._made()
 
     def _made(self, **more: str) -> Process:
         return Process(
             [sys.executable, "-c", "from refold.cli.main import app; app()", "operator"], self._log,
-            env=self._environment | more,
+            env={**self._environment, "REFOLD_PORT": str(self.port), **more},
         )  # fmt: skip
 
     def restart(self, **more: str) -> None:
@@ -87,11 +91,25 @@ class Operator:
         self._process = self._made(**more)
         self.start()
 
+    def replica(self, **more: str) -> "Operator":
+        """Return another process of the same installation, with `more` in its environment; it isn't started."""
+        other = copy.copy(self)
+        other.port, other._environment = free_port(), self._environment | more
+        other._log = Path(tempfile.mkdtemp(prefix="refold-operator-")) / "log"
+        other._process = other._made()
+        return other
+
     def start(self) -> None:
         self._process.start(lambda: self.answers("/healthz"))
 
+    def crash(self) -> None:
+        if self.running:
+            self._process.kill()
+
     def kill(self) -> None:
-        self._process.kill()
+        """Crash; the next process needn't wait until the Lease is over."""
+        self.crash()
+        self._api.kubectl("delete", "lease", "refold-operator", "-n", "refold-system", "--ignore-not-found")
 
     def stop(self) -> None:
         self._process.stop()
@@ -101,6 +119,17 @@ class Operator:
             return get(f"http://127.0.0.1:{self.port}{path}").is_success
         except httpx.TransportError:
             return False
+
+    def send(self, number: signal.Signals) -> None:
+        self._process.send(number)
+
+    @property
+    def running(self) -> bool:
+        return self._process.running
+
+    @property
+    def leads(self) -> bool:
+        return self.answers("/healthz") and self.metric("refold_operator_leader") == 1
 
     @property
     def log(self) -> str:

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from refold.eventstore import Limits
 from refold.eventstore.settings import Settings
+from refold_operator import election, main
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts" / "refold"
@@ -136,6 +137,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "kafka.security.manageAcls": (True, WITH_PRINCIPALS),
     "kafka.security.relayPrincipal": ("User:other", WITH_ACLS),
     "kafka.security.projectorPrincipal": ("User:other", WITH_ACLS),
+    "operator.replicas": (1, EMBEDDED),
     "operator.resources": (RESOURCES, EMBEDDED),
     "eventstore.replicas": (1, EMBEDDED),
     "eventstore.liveReaders": (50, EMBEDDED),
@@ -468,7 +470,8 @@ def test_backends_that_are_given_are_used() -> None:
 
 
 def test_one_replica_gets_no_disruption_budget() -> None:
-    values = merged(EMBEDDED, *(at(f"{process}.replicas", 1) for process in ("eventstore", "relay", "webhook")))
+    processes = ("operator", "eventstore", "relay", "webhook")
+    values = merged(EMBEDDED, *(at(f"{process}.replicas", 1) for process in processes))
     assert "PodDisruptionBudget" in {m["kind"] for m in render(EMBEDDED)}
     assert "PodDisruptionBudget" not in {m["kind"] for m in render(values)}
 
@@ -590,7 +593,7 @@ def test_the_embedded_kafka_speaks_plaintext_only() -> None:
 
 def test_the_operator_has_the_rights_that_its_readme_names_and_no_others() -> None:
     readme = (ROOT / "operator" / "refold_operator" / "README.md").read_text()
-    (block,) = re.findall(r"```yaml\n(rules:.*?)```", readme, re.DOTALL)
+    blocks = re.findall(r"```yaml\n(rules:.*?)```", readme, re.DOTALL)
 
     def rights(rules: list[dict[str, list[str]]]) -> set[tuple[str, str, str, str]]:
         return {
@@ -602,8 +605,23 @@ def test_the_operator_has_the_rights_that_its_readme_names_and_no_others() -> No
             for name in rule.get("resourceNames", [""])
         }
 
-    role = one(render(EMBEDDED), "ClusterRole", "refold-operator")
-    assert rights(role["rules"]) == rights(yaml.safe_load(block)["rules"])
+    for kind, block in zip(("ClusterRole", "Role"), blocks, strict=True):
+        role = one(render(EMBEDDED), kind, "refold-operator")
+        assert rights(role["rules"]) == rights(yaml.safe_load(block)["rules"])
+
+
+def test_the_operators_lease_is_the_one_that_it_may_change_and_its_pods_say_that_they_wait_for_it() -> None:
+    manifests = render(EMBEDDED)
+    (named,) = (
+        rule["resourceNames"]
+        for rule in one(manifests, "Role", "refold-operator")["rules"]
+        if rule["resources"] == ["leases"] and rule["verbs"] != ["create"]
+    )
+    assert named == [election.NAME]
+    deployment = one(manifests, "Deployment", "refold-operator")
+    label = main.UNELECTED.rpartition("!")[2]
+    assert label in deployment["spec"]["template"]["metadata"]["labels"]
+    assert label not in deployment["spec"]["selector"]["matchLabels"], "it can't be changed in an upgrade"
 
 
 @BOTH

@@ -1,4 +1,4 @@
-"""docs/metrics.md names the metrics that event store, relay, projector and webhook have, and no others."""
+"""docs/metrics.md names the metrics that operator, event store, relay, projector and webhook have, and no others."""
 
 import importlib
 import re
@@ -9,6 +9,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
 MODULES = {
+    "Operator": ["refold_operator.metrics"],
     "Event store": ["refold.eventstore.metrics", "refold.web.app", "refold.web.auth.reviews"],
     "Relay": ["refold.relay.metrics"],
     "Projector": ["refold.projection.metrics"],

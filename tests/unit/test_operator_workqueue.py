@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
+from refold_operator import workqueue
 from refold_operator.workqueue import Key, Outcome, WorkQueue, backoff
 
 A, B = Key("EventStream", "shop", "a"), Key("EventStream", "shop", "b")
@@ -155,3 +156,29 @@ def test_back_off_grows_to_a_minute_and_spreads() -> None:
     assert 6.4 <= backoff(4) <= 9.6
     assert all(48 <= backoff(failures) <= 72 for failures in (7, 100, 10_000))
     assert len({backoff(5) for _ in range(20)}) > 1
+
+
+async def test_a_run_that_does_not_end_and_a_queue_that_nobody_takes_from_are_stuck(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workqueue, "STUCK_SECONDS", 0.1)
+    runs = Runs()
+    runs.hold.clear()
+    queue = WorkQueue(runs)
+    queue.add(A, after=60)
+    await asyncio.sleep(0.15)
+    assert queue.stuck() is None, "nothing is due"
+    queue.add(B)
+    assert queue.stuck() is None
+    await until(lambda: queue.stuck() is not None)
+    assert "2 resources wait" in str(queue.stuck())
+
+    async def body() -> None:
+        await until(lambda: runs.keys == [B])
+        assert queue.stuck() is None
+        await until(lambda: queue.stuck() is not None)
+        assert "the reconcile of EventStream shop/b has been running" in str(queue.stuck())
+        runs.hold.set()
+        await until(lambda: queue.stuck() is None)
+
+    await working(queue, 1, body)
