@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from refold_operator.cluster import Cluster, RefusedError
 from refold_operator.errors import UnreachableError
+from refold_operator.liveness import Liveness
 from refold_operator.webhook.keeping import Keeper
 from refold_operator.webhook.metrics import REVIEWS
 from refold_operator.webhook.review import NoReviewError, Reviewer
@@ -102,15 +103,17 @@ async def run(settings: Settings) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     keeper = Keeper(settings, cluster, context)
     webhook = Webhook(Reviewer(event_bytes=settings.event_bytes, exists=Streams(cluster).exists))
+    liveness = Liveness([])
     try:
         with (
-            Probes(settings.port, healthy=lambda: None, ready=keeper.lacking),
+            Probes(settings.port, healthy=liveness.wrong, ready=keeper.lacking),
             server.listen(settings.review_port) as sock,
         ):
             async with asyncio.TaskGroup() as tasks:
-                keeping = tasks.create_task(keeper.keep())
+                background = [tasks.create_task(keeper.keep()), tasks.create_task(liveness.keep())]
                 await server.make(webhook, tls=context).serve(sockets=[sock])
-                keeping.cancel()
+                for task in background:
+                    task.cancel()
     finally:
         await cluster.close()
     _log.info("stopped")
