@@ -73,7 +73,7 @@ class Operator:
             "REFOLD_IMAGE": "refold/refold:test",
             "REFOLD_NAMESPACE": "refold-system",
             # nobody else takes over; it shall outlive that the API server is away
-            "REFOLD_LEASE_SECONDS": "60",
+            "REFOLD_LEASE_SECONDS": "600",
             **environment,
         }
         self._log = Path(tempfile.mkdtemp(prefix="refold-operator-")) / "log"
