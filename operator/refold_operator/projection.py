@@ -639,6 +639,11 @@ def _failing(building: VersionStatus | None, live: VersionStatus | None, builder
         return "; ".join(dict.fromkeys(building.stopped))
     lacking = live.without_effect if live is not None else 0
     if building.without_effect > lacking:
+        if not building.parked:
+            return (
+                f"{building.without_effect} of its events were discarded, {lacking} of the live version's, so readers "
+                "would go back; change the definition so that they have an effect or need none"
+            )
         return (
             f"{building.without_effect} of its events failed and were set aside, or follow one that did, {lacking} of "
             f"the live version's, so readers would go back; the first: {building.parked_error} "

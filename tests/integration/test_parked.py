@@ -7,10 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from psycopg import AsyncConnection
 from refold.projection.definition import Column, Definition, FoldRule
 from refold.projection.fold import Parked, RowChange, compile_fold
-from refold.projection.readstore import Advance, MovedError, postgres
+from refold.projection.readstore import Advance, MovedError
 from refold.projection.readstore.postgres_rows import PostgresRows
 from refold.projection.unparking import Entry, ParkedRow, Settled, fold_again
 from refold.query import parked
@@ -323,22 +322,6 @@ async def test_retrying_and_discarding_need_a_right_of_their_own(world: World, t
             answer = ask(service, verb, first["id"])
             assert answer.status == 403
             assert "update projections/rows" in answer.json()["detail"]
-
-
-async def test_a_version_in_which_an_event_is_parked_follows_one_in_which_it_was_discarded(world: World) -> None:
-    bad = [("a", "Placed", {"items": 1})]
-    model = await make(world, ORDERS, "order-status")
-    world.append(bad)
-    with model.projector(), serve(model) as service:
-        model.wait()
-        (only,) = listed(service)
-        assert ask(service, "discard", only["id"]).status == 200
-    newer = await world.projection(ORDERS, "order-status", rebuild="again")
-    with newer.projector():
-        newer.wait()
-        until(lambda: newer.execute("select 1 from {schema}.parked") != [], "the bad event to be parked again")
-    async with await AsyncConnection.connect(world.dsn, autocommit=True) as conn:
-        assert await postgres.try_swap(conn, namespace=NAMESPACE, name="order-status", version=newer.version)
 
 
 async def test_a_read_model_of_an_earlier_refold_gets_what_it_lacks(world: World) -> None:

@@ -18,6 +18,7 @@ from tests.projecting import (
     HISTORIES,
     NAMESPACE,
     ORDERS,
+    StoredModel,
     World,
     fold_customers,
     fold_histories,
@@ -232,3 +233,50 @@ async def test_parked_events_are_listed_discarded_and_folded_again(world: World,
     assert await model.read() == {"a": {"n": most - 4}, "b": {"n": 1}, "c": {"n": most}}
     [version] = (await model.status()).versions.values()
     assert (version.parked, version.discarded) == (0, 1)
+
+
+async def test_what_was_discarded_is_discarded_in_other_versions_too_where_it_fails_there(
+    world: World, store: Store
+) -> None:
+    """Else nobody could build the same again without discarding all of it again."""
+    definition = Definition(
+        streams=["orders"],
+        columns=[Column(name="n", type="integer")],
+        fold=[FoldRule(type="Placed", add={"n": "data.n"})],
+    )
+    settings = Settings.model_validate(
+        {"projection": "shop/sums", "readstore_dsn": store.url, "auth": tokens_file("secret")}
+    )
+    first = await world.projection_in(store, definition, "sums")
+    with served.serve(app(settings), "secret") as service:
+
+        def discard() -> None:
+            [bad, *_] = service.ask("/v1/parked").json()["parked"]
+            assert service.ask(f"/v1/parked/{bad['id']}:discard", "POST").json()["outcome"] == "discarded"
+
+        with first.projector():
+            world.append([(key, "Placed", data) for key, data in [("a", {"n": 1}), ("b", {"n": 1}), ("a", {})]])
+            first.wait()
+            discard()
+            world.append([("a", "Placed", {"n": 2})])
+            first.wait()
+            second = await world.projection_in(store, definition, "sums", rebuild="again")
+            with second.projector():
+                await goes_live(second)
+                # another one, while the version that is kept has it parked as well
+                world.append([("b", "Placed", {}), ("b", "Placed", {"n": 5})])
+                first.wait()
+                second.wait()
+                discard()
+                await goes_live(first)
+    assert await first.read() == {"a": {"n": 3}, "b": {"n": 6}}
+    versions = (await first.status()).versions.values()
+    assert [(version.parked, version.discarded) for version in versions] == [(0, 2), (0, 2)]
+
+
+async def goes_live(model: StoredModel) -> None:
+    for _ in range(600):
+        if await model.store.admin.try_swap(namespace=NAMESPACE, name=model.name, version=model.version):
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"the version doesn't go live: {await model.status()}")

@@ -491,6 +491,7 @@ class TestProjectionStatus:
         ("building", "status", "says"),
         [
             (version("new", parked=3, parked_error="no field x"), {}, "3 of its events failed .* 1 of the live"),
+            (version("new", discarded=3), {}, "3 of its events were discarded, 1 of the live .* change the definition"),
             (version("new", partitions=[partition(stopped="lacks position 7")]), {}, "lacks position 7"),
             (
                 version("new"),

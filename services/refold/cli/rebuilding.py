@@ -15,6 +15,9 @@ from refold.cli.reach import Way, cluster
 _ANNOTATION = "refold.dev/rebuild"
 #: Seconds between two looks; the status tells news at once, and numbers every half minute.
 _LOOK_SECONDS = 2.0
+#: Seconds for which a build must have failed: it does for a moment where events fail that were discarded before. The
+#: operator looks at it again after 15.
+_FAILED_SECONDS = 20.0
 
 
 def rebuild(way: Way, projection: str, *, wait: bool) -> bool:
@@ -28,7 +31,7 @@ def rebuild(way: Way, projection: str, *, wait: bool) -> bool:
     value = dt.datetime.now(dt.UTC).isoformat()
     api.annotate_projection(namespace, projection, {_ANNOTATION: value})
     _say(f"{projection} is rebuilt ({_ANNOTATION}: {value}); until that is done readers see {_live(before)}")
-    told = ""
+    told, failed_at = "", None
     while wait:
         time.sleep(_LOOK_SECONDS)
         status = api.projection(namespace, projection).get("status", {})
@@ -36,8 +39,12 @@ def rebuild(way: Way, projection: str, *, wait: bool) -> bool:
         if text != told:
             _say(text)
             told = text
-        if ended is not None:
-            return ended
+        if ended is not False:
+            failed_at = None
+        elif failed_at is None:
+            failed_at = time.monotonic()
+        if ended or (failed_at is not None and time.monotonic() - failed_at > _FAILED_SECONDS):
+            return bool(ended)
     return True
 
 

@@ -727,6 +727,7 @@ class Projector:
             self._note_parked(one)
 
     def _note_parked(self, one: ParkedEvent) -> None:
+        self._asked_at = 0.0  # it may be one that was discarded in another version
         key = (one.incarnation, one.event.partition)
         self._parked_counts[key] = self._parked_counts.get(key, 0) + 1
         if one.key is None:

@@ -8,6 +8,8 @@ row with all its parked events (`ParkedRow`) in the order of their positions:
 - What is to be discarded is taken out, and leaves its trace.
 - The others are folded again, from the first on up to the first that still fails: that one stays parked, and all behind
   it do. So no event ever overtakes an earlier one of its row and partition.
+- An event that was discarded in another version of the read model, for a row of the same key, is discarded where it
+  fails again, as if the same person had asked for it here: else each rebuild would wait for somebody to do it again.
 - A mark at an event that stays is taken away; whoever left it finds the event there without its mark, and so learns
   that it was refused.
 

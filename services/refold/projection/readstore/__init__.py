@@ -241,7 +241,10 @@ class Rows(Protocol):
         """
 
     def asked(self, partitions: Iterable[tuple[str, int]]) -> tuple[bool, list[ParkedRow]]:
-        """Return whether the version is live, and the parked rows of the partitions of which something is asked."""
+        """Return whether the version is live, and the parked rows of the partitions of which something is asked.
+
+        That is what marks ask for, and that what was discarded in another version is discarded here.
+        """
 
     def refuse(self, entries: Sequence[Entry], error: str | None) -> None:
         """Do nothing of what is asked of `entries`; the first stays parked because of `error` (None: as before)."""

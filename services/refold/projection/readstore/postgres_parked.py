@@ -104,18 +104,30 @@ class PostgresParked:
     def asked(
         self, conn: psycopg.Connection[Any], incarnations: list[str], partitions: list[int]
     ) -> tuple[bool, list[ParkedRow]]:
-        """Return whether the version is live, and the rows of these partitions of which something is asked."""
+        """Return whether the version is live, and the rows of these partitions of which something is asked.
+
+        Of what was discarded in another version the same is asked here.
+        """
         cursor = conn.execute(
             self._sql(
-                "select (select live from {schema}.pointer) = version, "
-                "  incarnation, partition, key, case when key is null then subject end, id, position, error, "
-                "  case when asked_at > now() - %(valid)s * interval '1 s' then asked::text end "
-                "from {schema}.parked "
-                "where version = %(version)s and (incarnation, partition, key is null, coalesce(key, subject)) in ("
-                "  select incarnation, partition, key is null, coalesce(key, subject) from {schema}.parked "
-                "  where version = %(version)s and asked_at > now() - %(valid)s * interval '1 s' and asked is not null "
-                "  and (incarnation, partition) in ("
+                "with p as ("
+                "  select p.*, case "
+                "    when asked_at > now() - %(valid)s * interval '1 s' and asked is not null then asked "
+                "    when d.by is not null then jsonb_build_object("
+                "      'token', '', 'verb', 'discard', 'by', d.by, 'live', false) end as mark "
+                "  from {schema}.parked p left join ("
+                "    select distinct on (incarnation, partition, position, key) "
+                "      incarnation, partition, position, key, discarded_by as by "
+                "    from {schema}.discarded order by incarnation, partition, position, key, id"
+                "  ) d on d.incarnation = p.incarnation and d.partition = p.partition and d.position = p.position "
+                "    and d.key is not distinct from p.key "
+                "  where p.version = %(version)s and (p.incarnation, p.partition) in ("
                 "    select * from unnest(%(incarnations)s::text[], %(partitions)s::int[]))"
+                ") select (select live from {schema}.pointer) = version, "
+                "  incarnation, partition, key, case when key is null then subject end, "
+                "  id, position, error, mark::text "
+                "from p where (incarnation, partition, key is null, coalesce(key, subject)) in ("
+                "  select incarnation, partition, key is null, coalesce(key, subject) from p where mark is not null"
                 ") order by incarnation, partition, position, id"
             ),
             {

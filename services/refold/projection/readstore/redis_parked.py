@@ -32,11 +32,17 @@ class ParkedEntry(msgspec.Struct, frozen=True):
         """Partition, key and, where the key failed, subject: events with the same wait for each other."""
         return self.incarnation, self.partition, self.key, self.subject if self.key is None else None
 
+    @property
+    def row_and_position(self) -> tuple[object, ...]:
+        """The event and the row that it is parked for, in whichever version."""
+        return *self.row, self.position
+
 
 class _Trace(msgspec.Struct):
-    """Of what was discarded: in which version."""
+    """Of what was discarded: in which version, and by whom."""
 
     version: str
+    by: str
 
 
 class _Discarded(msgspec.Struct):
@@ -46,35 +52,46 @@ class _Discarded(msgspec.Struct):
     event: ParkedEntry
 
 
+_DISCARDED = msgspec.json.Decoder(_Discarded)
+
+
 def asked_rows(
     parked: Mapping[bytes, bytes],
     marks: Mapping[bytes, bytes],
     errors: Mapping[bytes, bytes],
+    discarded: Collection[bytes],
     partitions: Collection[tuple[str, int]],
     now: int,
 ) -> list[ParkedRow]:
     """Return the rows of the partitions of which something is asked, with all their parked events in order.
 
+    Of what was discarded in another version the same is asked here.
+
     Args:
         parked: entries by id.
         marks: by id.
         errors: that took the place of the entries' own, by id.
+        discarded: what was, of any version.
         partitions: by incarnation and number.
         now: Unix time by the store's clock; older marks than `ASKED_SECONDS` don't count.
     """
-    valid: dict[bytes, Asked] = {}
+    entries = _decoded(parked)
+    elsewhere = {one.event.row_and_position: one.trace.by for one in map(_DISCARDED.decode, discarded)}
+    valid: dict[int, Asked] = {}
+    for number, entry in entries.items():
+        if (by := elsewhere.get(entry.row_and_position)) is not None:
+            valid[number] = Asked("", "discard", by, live=False)
     for id_, mark in marks.items():
         _, at, asked = mark.split(b" ", 2)
         if now - int(at) <= ASKED_SECONDS and id_ in parked:
-            valid[id_] = msgspec.json.decode(asked, type=Asked)
-    entries = _decoded(parked)
-    wanted = {entries[int(id_)].row for id_ in valid}
+            valid[int(id_)] = msgspec.json.decode(asked, type=Asked)
+    wanted = {entries[number].row for number in valid}
     rows: dict[tuple[str, int, str | None, str | None], ParkedRow] = {}
     for number, entry in sorted(entries.items(), key=lambda item: (item[1].position, item[0])):
         if entry.row in wanted and entry.row[:2] in partitions:
             row = rows.setdefault(entry.row, ParkedRow(*entry.row, []))
             name = str(number).encode()
-            row.entries.append(Entry(number, entry.position, _error(entry, errors.get(name)), valid.get(name)))
+            row.entries.append(Entry(number, entry.position, _error(entry, errors.get(name)), valid.get(number)))
     return list(rows.values())
 
 

@@ -81,12 +81,15 @@ class RedisRows:
         self._writer: _Writer | None = None
         #: The marks of the rows that the next batch was folded from; "" where there was none.
         self._read: dict[str, str] | None = None
+        #: What `asked` was of when nothing was: partitions and `scripts.ASKED`.
+        self._nothing_asked: tuple[frozenset[tuple[str, int]], list[Any]] | None = None
 
     def close(self) -> None:
         """Close the connection."""
         if self._redis is not None:
             self._redis.close()
             self._redis = None
+        self._nothing_asked = None
 
     def open(self) -> VersionDefinition:
         """Return the version's definition and prepare for writing."""
@@ -152,11 +155,16 @@ class RedisRows:
 
     def asked(self, partitions: Iterable[tuple[str, int]]) -> tuple[bool, list[ParkedRow]]:
         """Return whether the version is live, and the parked rows of the partitions of which something is asked."""
-        if not self._command("HLEN", f"{self._prefix}asked"):
+        wanted = frozenset(partitions)
+        marks, *state = self._call(scripts.ASKED, self._base)
+        looked = (wanted, state)
+        if not marks and looked == self._nothing_asked:
             return False, []
-        parked, asked, errors, (now, _) = self._call(scripts.PARKED)
+        parked, asked, errors, (now, _), discarded = self._call(scripts.PARKED, self._base)
         live = self._command("GET", f"{self._base}live") == self._version.encode()
-        return live, asked_rows(pairs(parked), pairs(asked), pairs(errors), set(partitions), int(now))
+        rows = asked_rows(pairs(parked), pairs(asked), pairs(errors), discarded, wanted, int(now))
+        self._nothing_asked = None if rows else looked
+        return live, rows
 
     def refuse(self, entries: Sequence[Entry], error: str | None) -> None:
         """Do nothing of what is asked of `entries`; the first stays parked because of `error` (None: as before)."""

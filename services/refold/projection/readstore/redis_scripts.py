@@ -337,14 +337,27 @@ end
 """
 )
 
-#: Of parked events: all of them, marks (`token time JSON`), errors that took the place of the first ones, the time.
+#: What tells whether something may be asked of parked events: how many marks there are, what changes with each event
+#: that is parked in any version, and how many were discarded.
+ASKED = (
+    _READS
+    + """
+local prefix, base = KEYS[1], ARGV[1]
+return {
+  redis.call('HLEN', prefix .. 'asked'), redis.call('GET', base .. 'parked-id'), redis.call('HLEN', base .. 'discarded')
+}
+"""
+)
+
+#: Of parked events: all of them, marks (`token time JSON`), errors that took the place of the first ones, the time; and
+#: what was discarded of any version.
 PARKED = (
     _READS
     + """
-local prefix = KEYS[1]
+local prefix, base = KEYS[1], ARGV[1]
 return {
   redis.call('HGETALL', prefix .. 'parked'), redis.call('HGETALL', prefix .. 'asked'),
-  redis.call('HGETALL', prefix .. 'errors'), redis.call('TIME')
+  redis.call('HGETALL', prefix .. 'errors'), redis.call('TIME'), redis.call('HVALS', base .. 'discarded')
 }
 """
 )
