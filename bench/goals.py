@@ -17,15 +17,40 @@ class Measure(Enum):
     P99 = "p99, ms"
     STORE_MEMORY = "event store, MB"
     RELAY_MEMORY = "relay, MB"
+    OPERATOR_MEMORY = "operator, MB"
+    RESOURCES = "resources/s"
+    LEAST_RESOURCES = "resources/s, at least"
+    SECONDS = "seconds"
+    WRITES = "writes"
+    CORE = "% of a core"
 
     @property
     def more_is_better(self) -> bool:
         """Tell whether a bound is a least value."""
-        return self in (Measure.RATE, Measure.SECOND_RATE)
+        return self in (Measure.RATE, Measure.SECOND_RATE, Measure.RESOURCES, Measure.LEAST_RESOURCES)
+
+    @property
+    def unit(self) -> str:
+        """The unit of a bound that isn't of the ratio to a limit; empty where it is."""
+        return _UNITS.get(self, "")
+
+
+_UNITS = {
+    Measure.STORE_MEMORY: "MB",
+    Measure.RELAY_MEMORY: "MB",
+    Measure.OPERATOR_MEMORY: "MB",
+    Measure.LEAST_RESOURCES: "resources/s",
+    Measure.SECONDS: "s",
+    Measure.WRITES: "writes",
+    Measure.CORE: "% of a core",
+}
+#: The memory of which process, and which further figure, is measured.
+_MEMORY = {Measure.STORE_MEMORY: "eventstore", Measure.RELAY_MEMORY: "relay", Measure.OPERATOR_MEMORY: "operator"}
+FIGURES = {Measure.SECONDS: "seconds", Measure.WRITES: "writes", Measure.CORE: "core_percent"}
 
 
 class Goal(NamedTuple):
-    """A bound: of the ratio to the limit, or of memory in MB."""
+    """A bound: of the ratio to the limit, or of what is measured itself."""
 
     measure: Measure
     bound: float
@@ -34,12 +59,12 @@ class Goal(NamedTuple):
     def text(self) -> str:
         """The bound as people write it."""
         sign = "≥" if self.measure.more_is_better else "≤"
-        return f"{sign} {self.bound:g}" + ("" if self.of_limit else " MB")
+        return f"{sign} {self.bound:g} {self.measure.unit}".rstrip()
 
     @property
     def of_limit(self) -> bool:
         """Tell whether the bound is of the ratio to a limit."""
-        return self.measure not in (Measure.STORE_MEMORY, Measure.RELAY_MEMORY)
+        return not self.measure.unit
 
 
 class Peer(NamedTuple):
@@ -143,6 +168,23 @@ _TARGETS = {
         "rows by key over HTTP, 32 connections, one process",
         (Goal(Measure.RATE, 0.4), Goal(Measure.SECOND_RATE, 0.15)),
     ),
+    "reconcile-500": Target(
+        "EventStreams of one partition applied at once, until all are Ready",
+        (Goal(Measure.RESOURCES, 0.5), Goal(Measure.LEAST_RESOURCES, 30)),
+        (Peer("Strimzi's topic operator, 250 topics", 27), Peer("Strimzi's topic operator, 10,000 events", 17)),
+    ),
+    "reconcile-one": Target(
+        "one change after the other among many EventStreams, beside ten: from the request until it is Ready",
+        (Goal(Measure.P99, 2),),
+    ),
+    "resync": Target(
+        "an operator starts and looks at many EventStreams, all of them as they should be",
+        (Goal(Measure.SECONDS, 30), Goal(Measure.WRITES, 0), Goal(Measure.OPERATOR_MEMORY, 400)),
+    ),
+    "projections": Target(
+        "Projections without processes applied at once, until all have their objects", (Goal(Measure.RESOURCES, 0.3),)
+    ),
+    "idle": Target("the operator while nothing happens to many EventStreams", (Goal(Measure.CORE, 5),)),
 }  # fmt: skip
 _REPLICAS = {1: (Goal(Measure.RATE, 0.9),), 2: (Goal(Measure.RATE, 1.0),)}
 
@@ -170,7 +212,7 @@ def readings(result: Result) -> list[Reading]:
 def _reading(goal: Goal, result: Result) -> Reading:
     limit: float | None
     match goal.measure:
-        case Measure.RATE:
+        case Measure.RATE | Measure.RESOURCES:
             ours, limit, value = result["events_per_s"]["median"], result["limit"]["events_per_s"], result["ratio"]
         case Measure.SECOND_RATE:
             second = result["second_limit"]
@@ -179,9 +221,14 @@ def _reading(goal: Goal, result: Result) -> Reading:
             ours, limit, value = result["p50_ms"], result["limit"]["p50_ms"], result["ratio"]
         case Measure.P99:
             ours, limit, value = result["p99_ms"], result["limit"]["p99_ms"], result["p99_ratio"]
-        case Measure.STORE_MEMORY | Measure.RELAY_MEMORY:
-            process = "eventstore" if goal.measure is Measure.STORE_MEMORY else "relay"
-            ours = value = result["rss_mb"][process]
+        case Measure.LEAST_RESOURCES:
+            ours = value = result["events_per_s"]["median"]
+            limit = None
+        case measure if measure in FIGURES:
+            ours = value = result["figures"][FIGURES[measure]]
+            limit = None
+        case measure:
+            ours = value = result["rss_mb"][_MEMORY[measure]]
             limit = None
     reached = value >= goal.bound if goal.measure.more_is_better else value <= goal.bound
     verdict = "void" if "void" in result and goal.of_limit else "reached" if reached else "missed"

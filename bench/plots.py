@@ -14,7 +14,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.goals import Measure, Reading, Result, part, readings, target
+from bench.goals import FIGURES, Measure, Reading, Result, part, readings, target
 
 _REFOLD, _LIMIT, _PEER, _MUST = "#0072B2", "#8C8C8C", "#F0C75E", "#B34700"
 _INK, _FAINT = "#222222", "#DDDDDD"
@@ -26,6 +26,14 @@ _LETTER = 0.0078
 _SMALL, _MIDDLE, _LARGE = 8.5, 9.5, 13.0
 #: A peer's bar ends at this multiple of the longest other one: one far away would press all others to the edge.
 _CUT = 2.5
+
+
+#: What isn't measured in events.
+_OPERATIONS = {
+    "query": "rows/s",
+    "growth": "operations/s",
+    **dict.fromkeys(("reconcile-500", "reconcile-one", "resync", "projections", "idle"), "resources/s"),
+}
 
 
 @dataclass(frozen=True)
@@ -103,16 +111,20 @@ def _panels(result: Result) -> list[_Panel]:
     panels: dict[str, _Panel] = {}
     for reading in readings(result):
         match reading.goal.measure:
-            case Measure.RATE | Measure.SECOND_RATE:
+            case Measure.RATE | Measure.SECOND_RATE | Measure.RESOURCES | Measure.LEAST_RESOURCES:
                 panel = panels.setdefault("rate", _rate_panel(result))
             case Measure.P50:
                 panel = panels.setdefault("p50", _latency_panel(result, "p50_ms", "p50 (ms)"))
             case Measure.P99:
                 panel = panels.setdefault("p99", _latency_panel(result, "p99_ms", "p99 (ms)"))
-            case Measure.STORE_MEMORY | Measure.RELAY_MEMORY:
+            case measure if measure in FIGURES:
+                panel = panels.setdefault(measure.value, _figure_panel(reading))
+            case _:
                 panel = panels.setdefault("memory", _memory_panel(result))
         place = reading.goal.bound if reading.limit is None else reading.goal.bound * reading.limit
         panel.must.append((place, _must(reading, place)))
+    if not panels.keys() & {"rate", "p50", "p99"}:  # no goal is of the ratio to the limit, which is shown all the same
+        panels["rate"] = _rate_panel(result)
     if "memory" in panels:  # one line for all processes
         del panels["memory"].must[1:]
     return list(panels.values())
@@ -121,7 +133,7 @@ def _panels(result: Result) -> list[_Panel]:
 def _must(reading: Reading, place: float) -> str:
     goal = reading.goal
     if reading.limit is None:
-        return f"- - must be ≤ {goal.bound:g} MB"
+        return f"- - must be {goal.text}"
     which = "second limit" if goal.measure is Measure.SECOND_RATE else "limit"
     return f"- - must be {goal.text} × {which} ({_number(place)}); is {reading.value:.2f} ×: {reading.verdict}"
 
@@ -140,7 +152,7 @@ def _rate_panel(result: Result) -> _Panel:
 
 
 def _operations(result: Result) -> str:
-    return {"query": "rows/s", "growth": "operations/s"}.get(result["workload"], "events/s")
+    return _OPERATIONS.get(result["workload"], "events/s")
 
 
 def _latency_panel(result: Result, quantile: str, title: str) -> _Panel:
@@ -156,9 +168,13 @@ def _latency_panel(result: Result, quantile: str, title: str) -> _Panel:
 
 
 def _memory_panel(result: Result) -> _Panel:
-    names = {"eventstore": "event store", "relay": "relay"}
+    names = {"eventstore": "event store", "relay": "relay", "operator": "operator"}
     bars = [_Bar(f"Refold: {names[process]}", value, _REFOLD) for process, value in result["rss_mb"].items()]
     return _Panel("memory (MB): less is better", bars)
+
+
+def _figure_panel(reading: Reading) -> _Panel:
+    return _Panel(f"{reading.goal.measure.value}: less is better", [_Bar("Refold", reading.ours, _REFOLD)])
 
 
 def _foot(results: Sequence[Result]) -> str:

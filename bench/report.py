@@ -30,7 +30,7 @@ def taken(dsn: str, runs: int) -> dict[str, Any]:
     """Return when and on what results are taken; `dsn` is of their PostgreSQL."""
     with psycopg.connect(dsn) as conn:
         version = conn.info.parameter_status("server_version") or "?"
-    changed = _git("status", "--porcelain", "--", "services", "bench", "hack", "uv.lock")
+    changed = _git("status", "--porcelain", "--", "services", "operator", "bench", "hack", "uv.lock")
     return {
         "at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--short", "HEAD") + (" with changes" if changed else ""),
@@ -102,7 +102,7 @@ def _table(results: Sequence[Result]) -> str:
         name = " ".join(filter(None, [f"`{result['workload']}`", part(result)]))
         for goal, ours, limit, value, verdict in readings(result):
             spread = ""
-            if goal.measure in (Measure.RATE, Measure.SECOND_RATE):
+            if goal.measure in (Measure.RATE, Measure.SECOND_RATE, Measure.RESOURCES, Measure.LEAST_RESOURCES):
                 spread = f" ({result['events_per_s']['min']:,} to {result['events_per_s']['max']:,})"
             cells = [
                 name,

@@ -15,13 +15,15 @@ _VOID_BELOW = 0.7
 class Run:
     """One run: its rate, and where measured the latency of each operation in ms and the memory of processes in MB.
 
-    `samples` is how many operations the latencies stand for, where they are quantiles of more.
+    `samples` is how many operations the latencies stand for, where they are quantiles of more. `figures` are further
+    ones, of which less is better.
     """
 
     events_per_s: float
     latencies_ms: list[float] = field(default_factory=list)
     samples: int | None = None
     rss_mb: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +68,15 @@ class Comparison:
             "workload": self.workload,
             "params": self.params,
             "events_per_s": {
-                "min": round(min(rates)), "median": round(statistics.median(rates)), "max": round(max(rates)),
+                "min": _rounded(min(rates)), "median": _rounded(statistics.median(rates)),
+                "max": _rounded(max(rates)),
             },
             "p50_ms": percentile(latencies, 0.5),
             "p99_ms": percentile(latencies, 0.99),
             "samples": _samples(ours for ours, _ in pairs),
             "limit": {
                 "name": self.limit_name,
-                "events_per_s": round(statistics.median(limits)),
+                "events_per_s": _rounded(statistics.median(limits)),
                 "p50_ms": percentile(limit_latencies, 0.5),
                 "p99_ms": percentile(limit_latencies, 0.99),
                 "samples": _samples(limit for _, limit in pairs),
@@ -85,6 +88,8 @@ class Comparison:
             result["p99_ratio"] = round(statistics.median(_p99(ours) / _p99(limit) for ours, limit in pairs), 3)
         if rss := [ours.rss_mb for ours, _ in pairs if ours.rss_mb]:
             result["rss_mb"] = {process: round(max(run[process] for run in rss)) for process in rss[0]}
+        if figures := [ours.figures for ours, _ in pairs if ours.figures]:
+            result["figures"] = {name: round(max(run[name] for run in figures), 3) for name in figures[0]}
         if seconds:
             result["second_limit"] = {
                 "name": self.second_name,
@@ -105,9 +110,14 @@ class Comparison:
         return ours.events_per_s / limit.events_per_s
 
 
+def _rounded(rate: float) -> float:
+    """Return a rate whole, where it isn't small."""
+    return round(rate) if rate >= 100 else round(rate, 2)
+
+
 def _shown(run: Run) -> str:
     p50 = percentile(sorted(run.latencies_ms), 0.5)
-    return f"{run.events_per_s:,.0f}/s" + (f" with p50 {p50:.2f} ms" if p50 is not None else "")
+    return f"{_rounded(run.events_per_s):,}/s" + (f" with p50 {p50:.2f} ms" if p50 is not None else "")
 
 
 def _samples(runs: Iterable[Run]) -> int:

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import itertools
 import secrets
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,9 +19,20 @@ from refold.eventstore.catalog import Stream
 
 from hack.servers import Kafka, Postgres, Redis
 from hack.servers.platform import Broker, Database, Platform
+from tests.integration.kubernetes_api import ApiServer, programs
 
 #: Partitions of the streams, as in the examples.
 PARTITIONS = 6
+#: The operator's own namespace.
+SYSTEM = "refold-system"
+_CRDS = Path(__file__).parents[1] / "crds"
+#: As the chart makes it.
+_QUERY_BINDING = {
+    "apiVersion": "rbac.authorization.k8s.io/v1",
+    "kind": "ClusterRoleBinding",
+    "metadata": {"name": "refold-query"},
+    "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "system:auth-delegator"},
+}
 
 
 class _GivenPostgres:
@@ -98,6 +110,27 @@ class Servers:
         self._cleaning.callback(server.remove)
         server.start()
         return server
+
+    @functools.cached_property
+    def kubernetes(self) -> ApiServer:
+        """The Kubernetes API server that operators use by turns, always an own one."""
+        return self._shared.kubernetes if self._shared else self.own_kubernetes()
+
+    def own_kubernetes(self) -> ApiServer:
+        """Start another API server (kube-apiserver and etcd), with what the chart makes before the operator runs."""
+        if programs() is None:
+            raise RuntimeError("the operator's workloads need kube-apiserver and etcd, which hack/kind/build makes")
+        server = ApiServer()
+        self._cleaning.callback(server.remove)
+        server.start()
+        server.kubectl("apply", "-f", str(_CRDS))
+        server.kubectl("create", "namespace", SYSTEM)
+        server.apply(_QUERY_BINDING)
+        return server
+
+    def entered(self, context: contextlib.AbstractContextManager[Any]) -> None:
+        """Enter a context that ends with these servers."""
+        self._cleaning.enter_context(context)
 
     @functools.cached_property
     def limit(self) -> str:

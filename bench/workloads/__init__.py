@@ -13,6 +13,7 @@ from bench.workloads import (
     fold,
     growth,
     many_streams,
+    operating,
     query,
     rebuild,
     rebuild_redis,
@@ -27,13 +28,15 @@ class Workload(NamedTuple):
     """`compare` prepares what is compared for the given events.
 
     `events` is how many a run gets unless told otherwise, and `in_all` how many all runs get together at least: as many
-    as 10,000 latencies need. What isn't `unasked` runs only where it is named.
+    as 10,000 latencies need. What isn't `unasked` runs only where it is named. `kubernetes` tells that it needs the
+    programs of an API server.
     """
 
     compare: Callable[[Servers, Sequence[OrderEvent]], Comparison | Sequence[Comparison]]
     events: int
     in_all: int = 0
     unasked: bool = True
+    kubernetes: bool = False
 
     def events_a_run(self, runs: int) -> int:
         """Return how many events each of `runs` gets."""
@@ -59,4 +62,9 @@ WORKLOADS = {
     "rebuild-redis": Workload(rebuild_redis.rebuild_redis, 500_000),
     "query": Workload(query.query, 50_000),
     "end-to-end": Workload(end_to_end.end_to_end, 2_000, 10_000),
+    "reconcile-500": Workload(operating.reconcile_500, 5_000, kubernetes=True),
+    "reconcile-one": Workload(operating.reconcile_one, 20_000, unasked=False, kubernetes=True),
+    "resync": Workload(operating.resync, 20_000, unasked=False, kubernetes=True),
+    "projections": Workload(operating.projections, 500, kubernetes=True),
+    "idle": Workload(operating.idle, 20_000, unasked=False, kubernetes=True),
 }

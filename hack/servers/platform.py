@@ -62,7 +62,7 @@ class Platform:
             read_database: the read models' database, which must not exist either.
         """
         self.postgres, self.kafka = postgres, kafka
-        self._store, self._read = store_database, read_database
+        self.store_database, self.read_database = store_database, read_database
         self._servers = {store_database: postgres, read_database: read or postgres}
         self.logs = Path(tempfile.mkdtemp(prefix="refold-logs-"))
         self._auth = tokens_file(TOKEN, self.logs)
@@ -76,11 +76,11 @@ class Platform:
         self.store_id = asyncio.run(self._install())
 
     async def _install(self) -> str:
-        async with await self._admin(self._store) as conn:
+        async with await self._admin(self.store_database) as conn:
             store_id = await catalog.install_store(conn)
             for part in ("eventstore", "relay"):
-                await roles.ensure_login(conn, names.store_role(self._store, part), self._password)
-        async with await self._admin(self._read) as conn:
+                await roles.ensure_login(conn, names.store_role(self.store_database, part), self._password)
+        async with await self._admin(self.read_database) as conn:
             await readstore.install(conn)
         return store_id
 
@@ -93,11 +93,15 @@ class Platform:
 
     def store_dsn(self, part: str = "eventstore") -> str:
         """Return the DSN of a service's role in the event store's database."""
-        return self._dsn(self._store, names.store_role(self._store, part))
+        return self._dsn(self.store_database, names.store_role(self.store_database, part))
+
+    def store_admin_dsn(self) -> str:
+        """Return the administrator's DSN of the event store's database."""
+        return self._dsn(self.store_database, self._admins[self.store_database])
 
     def read_dsn(self) -> str:
         """Return the administrator's DSN of the read models' database."""
-        return self._dsn(self._read, self._admins[self._read])
+        return self._dsn(self.read_database, self._admins[self.read_database])
 
     def stream(self, namespace: str, name: str, *, partitions: int) -> catalog.Stream:
         """Make a stream and its topic, as the operator does, and activate it."""
@@ -114,7 +118,7 @@ class Platform:
         claimed = {stream.name: stream for share in claims for stream in share}
         admin = AdminClient({"bootstrap.servers": self.kafka.bootstrap})
         active = []
-        async with await self._admin(self._store) as conn:
+        async with await self._admin(self.store_database) as conn:
             for start in range(0, len(stream_names), _TOPICS_AT_ONCE):
                 some = [claimed[name] for name in stream_names[start : start + _TOPICS_AT_ONCE]]
                 for made in admin.create_topics([NewTopic(stream.topic, partitions, 1) for stream in some]).values():
@@ -126,7 +130,7 @@ class Platform:
         return active
 
     async def _claim(self, namespace: str, stream_names: Sequence[str], partitions: int) -> list[catalog.Stream]:
-        async with await self._admin(self._store) as conn:
+        async with await self._admin(self.store_database) as conn:
             return [
                 await catalog.claim_stream(
                     conn, namespace=namespace, name=name, uid=f"{namespace}/{name}", partitions=partitions,
@@ -140,7 +144,7 @@ class Platform:
         return asyncio.run(self._set_event_types(stream, types))
 
     async def _set_event_types(self, stream: catalog.Stream, types: dict[str, Any] | None) -> catalog.Stream:
-        async with await self._admin(self._store) as conn:
+        async with await self._admin(self.store_database) as conn:
             return await catalog.set_event_types(conn, stream, types)
 
     def drop_stream(self, stream: catalog.Stream) -> None:
@@ -149,7 +153,7 @@ class Platform:
 
     async def _drop_stream(self, stream: catalog.Stream) -> None:
         assert stream.uid is not None, "only streams of this installation are dropped"
-        async with await self._admin(self._store) as conn:
+        async with await self._admin(self.store_database) as conn:
             await catalog.drop_stream(conn, namespace=stream.namespace, name=stream.name, uid=stream.uid)
         admin = AdminClient({"bootstrap.servers": self.kafka.bootstrap})
         admin.delete_topics([stream.topic])[stream.topic].result(30)
@@ -180,7 +184,7 @@ class Platform:
         version = definitions.version_of(definition, refs)
         stored = definitions.VersionDefinition(definition=definition, streams=refs)
         if redis is None:
-            async with await self._admin(self._read) as conn:
+            async with await self._admin(self.read_database) as conn:
                 await readstore.claim_projection(conn, namespace=namespace, name=name, uid=f"{namespace}/{name}")
                 await readstore.ensure_version(conn, namespace=namespace, name=name, version=version, definition=stored)
                 await readstore.ensure_logins(
@@ -192,13 +196,25 @@ class Platform:
             await store.claim(namespace=namespace, name=name, uid=f"{namespace}/{name}")
             await store.ensure_version(namespace=namespace, name=name, version=version, definition=stored)
             await store.close()
-        async with await self._admin(self._store) as conn:
+        async with await self._admin(self.store_database) as conn:
             readers = [catalog.reader_role(conn, stream) for stream in streams]
-            role = names.resource_role(self._store, names.read_schema(namespace, name), "projector")
+            role = names.resource_role(self.store_database, names.read_schema(namespace, name), "projector")
             await roles.ensure_login(
-                conn, role, self._password, member_of=[*readers, names.store_role(self._store, "heads")]
+                conn, role, self._password, member_of=[*readers, names.store_role(self.store_database, "heads")]
             )
         return version
+
+    def operator(self, kubeconfig: Path, *, namespace: str, **settings: str) -> "Service":
+        """Return an operator of the cluster of `kubeconfig`, not yet started; `namespace` is its own."""
+        default = {
+            "KUBECONFIG": str(kubeconfig),
+            "REFOLD_STORE_ADMIN_DSN": self.store_admin_dsn(),
+            "REFOLD_READSTORE_ADMIN_DSN": self.read_dsn(),
+            "REFOLD_KAFKA_BOOTSTRAP": self.kafka.bootstrap,
+            "REFOLD_IMAGE": "refold/refold:local",
+            "REFOLD_NAMESPACE": namespace,
+        }
+        return Service(self, "operator", **{**default, **settings})
 
     def eventstore(self, **settings: str) -> "Service":
         """Return an event store, not yet started."""
@@ -216,8 +232,10 @@ class Platform:
         default = {
             "REFOLD_PROJECTION": f"{namespace}/{name}",
             "REFOLD_VERSION": version,
-            "REFOLD_STORE_DSN": self._dsn(self._store, names.resource_role(self._store, schema, "projector")),
-            "REFOLD_READSTORE_DSN": self._dsn(self._read, readstore.logins(self._read, schema)[0]),
+            "REFOLD_STORE_DSN": self._dsn(
+                self.store_database, names.resource_role(self.store_database, schema, "projector")
+            ),
+            "REFOLD_READSTORE_DSN": self._dsn(self.read_database, readstore.logins(self.read_database, schema)[0]),
             "REFOLD_KAFKA_BOOTSTRAP": self.kafka.bootstrap,
         }
         return Service(self, "projector", **{**default, **settings})
@@ -227,7 +245,7 @@ class Platform:
         schema = names.read_schema(namespace, name)
         return Service(
             self, "query", REFOLD_PROJECTION=f"{namespace}/{name}", REFOLD_AUTH=self._auth,
-            REFOLD_READSTORE_DSN=self._dsn(self._read, readstore.logins(self._read, schema)[1]),
+            REFOLD_READSTORE_DSN=self._dsn(self.read_database, readstore.logins(self.read_database, schema)[1]),
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from bench import goals, plots, report
 from bench.workloads import WORKLOADS
 
 DOCS = Path(__file__).parents[2] / "docs" / "bench"
-LATENCIES = {"append-1", "relay-latency", "end-to-end", "many-streams", "takeover"}
+LATENCIES = {"append-1", "relay-latency", "end-to-end", "many-streams", "takeover", "reconcile-one"}
 TAKEN = {"at": "2026-01-31T12:00:00+00:00", "commit": "abc1234", "runs": 5, "cores": 2, "python": "3.11.7",
          "postgresql": "15.8"}  # fmt: skip
 
@@ -29,7 +29,8 @@ def result(workload: str, *, ratio: float = 1.0, params: dict[str, Any] | None =
         "ratio_of": "p50_ms" if workload in LATENCIES else "events_per_s",
         "p99_ratio": 1.0,
         "second_limit": {"name": "second", "events_per_s": 500, "ratio": 2.0},
-        "rss_mb": {"eventstore": 100, "relay": 600},
+        "rss_mb": {"eventstore": 100, "relay": 600, "operator": 300},
+        "figures": {"seconds": 20.0, "writes": 1, "core_percent": 2.5},
         "taken": TAKEN,
         **more,
     }

@@ -67,7 +67,8 @@ create table if not exists refold_read.projections (
 );
 """
 
-_SCHEMA = """
+#: Makes the schema of one projection, its name as `schema`.
+SCHEMA = """
 create schema {schema};
 create table {schema}.versions (
   version    text primary key,
@@ -192,7 +193,7 @@ async def _claim(conn: AsyncConnection[Any], schema: str, *, namespace: str, nam
                 f"the schema {schema} exists in the read store's database and wasn't made by Refold; rename or drop "
                 "it, or choose another name for the Projection"
             )
-        await conn.execute(sql.SQL(_SCHEMA).format(schema=sql.Identifier(schema)))
+        await conn.execute(sql.SQL(SCHEMA).format(schema=sql.Identifier(schema)))
         await conn.execute(
             "insert into refold_read.projections (namespace, name, uid, schema) values (%s, %s, %s, %s)",
             [namespace, name, uid, schema],
