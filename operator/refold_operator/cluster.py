@@ -13,6 +13,7 @@ import aiohttp
 from kubernetes.aio import client, config
 from kubernetes.aio.client.exceptions import ApiException
 
+from refold_operator.calls import measured
 from refold_operator.errors import UnreachableError
 from refold_operator.guard import Guard, unguarded
 
@@ -195,6 +196,7 @@ class Cluster:
         path = f"{path}/{plural}" if name is None else f"{path}/{plural}/{quote(name)}"
         return await self._call(method, path, query=query, body=body, content_type=content_type, missing_ok=missing_ok)
 
+    @measured("kubernetes", refused=RefusedError)
     async def _call(
         self,
         method: str,

@@ -15,6 +15,7 @@ from refold_operator.delegation import Delegation
 from refold_operator.errors import ReconcileError, UnreachableError
 from refold_operator.installation import Installation
 from refold_operator.kafka import Kafka
+from refold_operator.metrics import Census
 from refold_operator.pace import Paces
 from refold_operator.projection import Surroundings
 from refold_operator.readstore import ReadStore
@@ -59,6 +60,7 @@ class Controller:
         self._delegation = Delegation(cluster)
         self._paces = Paces()
         self._written: dict[Key, float] = {}
+        self._census = Census()
         self._readers: dict[Key, frozenset[str]] = {}
         self.queue = WorkQueue(self.reconcile)
 
@@ -83,7 +85,7 @@ class Controller:
             reader = resources.projection(body)
             left = projection.seconds_left(reader, now=dt.datetime.now(dt.UTC))
             if left is not None and left <= 0:
-                _log.info("the Projection's ttl has passed: deleting it", key=str(key))
+                _log.info("the Projection's ttl has passed: deleting it")
                 await self._cluster.delete(key.kind, key.namespace, key.name, uid=reader.metadata.uid)
                 return Outcome()
             self._readers[key] = frozenset(reader.spec.streams)
@@ -92,7 +94,8 @@ class Controller:
         if changed and key.kind == "EventStream":
             self.wake_readers(key.namespace, key.name)
         if result.failed:
-            return Outcome(again=result.again, failed=True, message=result.conditions[0].message)
+            ready = result.conditions[0]
+            return Outcome(again=result.again, failed=True, reason=ready.reason, message=ready.message)
         moments = [self._settings.resync_seconds, result.again, left]
         return Outcome(again=min(moment for moment in moments if moment is not None))
 
@@ -111,10 +114,10 @@ class Controller:
                 await projection.finalize(resources.projection(body), self._surroundings())
         except ReconcileError as error:
             message = f"deletion waits: {error.message}"
-            _log.info("deletion waits", key=str(key), reason=error.reason, why=error.message)
+            _log.info("deletion waits", reason=error.reason, why=error.message)
             status: Status = {name: value for name, value in body.get("status", {}).items() if name != "conditions"}
             await self._write(key, body, [Condition("Ready", "False", error.reason, message)], status)
-            return Outcome(failed=True, again=error.retry_after, message=message)
+            return Outcome(failed=True, again=error.retry_after, reason=error.reason, message=message)
         self._forget(key)
         if key.kind == "EventStream":
             self.wake_readers(key.namespace, key.name)
@@ -151,6 +154,7 @@ class Controller:
             ),
             **status,
         }
+        self._census.note(key, key.kind, after["conditions"])
         patch = merge_patch(before, after)
         now = time.monotonic()
         if not patch or (
@@ -164,12 +168,10 @@ class Controller:
         assert ready is not None, "every reconcile tells it"
         changed = former is None or (former["status"], former["reason"]) != (ready["status"], ready["reason"])
         if changed:
-            _log.info(
-                "outcome changed", key=str(key), ready=ready["status"], reason=ready["reason"], why=ready["message"]
-            )
+            _log.info("outcome changed", ready=ready["status"], reason=ready["reason"], why=ready["message"])
             await self._tell(body, warning=_is_warning(ready), reason=ready["reason"], message=ready["message"])
         if found:
-            _log.info("put right", key=str(key), found=found)
+            _log.info("put right", found=found)
             await self._tell(body, warning=True, reason="DriftCorrected", message=found)
         return changed
 
@@ -182,6 +184,7 @@ class Controller:
 
     def _forget(self, key: Key) -> None:
         self._written.pop(key, None)
+        self._census.forget(key)
         self._readers.pop(key, None)
         self._paces.forget((key.namespace, key.name))
 

@@ -17,6 +17,7 @@ import psycopg_pool
 from psycopg import AsyncConnection
 from psycopg.conninfo import conninfo_to_dict
 
+from refold_operator.calls import call
 from refold_operator.errors import UnreachableError
 from refold_operator.guard import Guard, unguarded
 
@@ -58,6 +59,7 @@ class Database:
         self._session = f"{_APPLICATION} {process}"
         self._alone = False
         self._ending = asyncio.Lock()
+        self._backend = what.replace(" ", "")
         self.name = str(parts["dbname"])
         self.system = f"the {what} (PostgreSQL database {self.name} at {parts['host']}:{parts.get('port', 5432)})"
         self._pool = psycopg_pool.AsyncConnectionPool(
@@ -97,6 +99,12 @@ class Database:
         Raises:
             UnreachableError: the server is away, refuses the connection, or broke off what was under way.
         """
+        with call(self._backend, refused=psycopg.Error):
+            async with self._connection() as connection:
+                yield connection
+
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> AsyncIterator[AsyncConnection[Any]]:
         try:
             async with self._pool.connection() as connection:
                 # With the session there, so that the next holder ends it.

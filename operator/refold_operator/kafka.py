@@ -29,6 +29,7 @@ from confluent_kafka.admin import (
 )
 from refold.kafka import Brokers
 
+from refold_operator.calls import measured
 from refold_operator.errors import ForbiddenError, UnreachableError
 from refold_operator.guard import Guard, unguarded
 
@@ -223,6 +224,7 @@ class Kafka:
         self._guard()
         return self._admin
 
+    @measured("kafka", refused=(TopicRefusedError, ForbiddenError))
     async def _answer(self, future: "concurrent.futures.Future[Any]") -> Any:
         """Await an answer; outages and refusals become errors of their own, the rest stays a KafkaException."""
         try:

@@ -16,6 +16,7 @@ from refold.projection.readstore import NotFoundError, ProjectionStatus, Unavail
 from refold.projection.readstore.redis import SCHEMES, RedisStore, prefix
 
 from refold_operator import credentials, dsn
+from refold_operator.calls import measured
 from refold_operator.cluster import Cluster
 from refold_operator.errors import ReconcileError
 from refold_operator.guard import Guard, unguarded
@@ -40,10 +41,12 @@ class RedisReadStore(RedisStore):
         """Return how projectors and query services reach it: as the Secret says."""
         return Logins(projector=self._url, query=self._url)
 
+    @measured("redis", unavailable=UnavailableError)
     async def _call(self, text: str, key: str, *arguments: str | bytes | dict[str, Any]) -> Any:
         self._guard()
         return await super()._call(text, key, *arguments)
 
+    @measured("redis", unavailable=UnavailableError)
     async def _command(self, *command: str | bytes | int) -> Any:
         self._guard()
         return await super()._command(*command)

@@ -7,6 +7,7 @@ come before a run begin it once, and a cause that comes during a run begins anot
 import asyncio
 import dataclasses
 import random
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
@@ -43,11 +44,13 @@ class Outcome:
     Attributes:
         again: seconds until the next run without any cause, or None for never (the resource is gone).
         failed: whether something is missing; then `again` None means the key's own exponential back-off.
+        reason: why, in one CamelCase word, as the resource's condition has it.
         message: what is missing.
     """
 
     again: float | None = None
     failed: bool = False
+    reason: str = ""
     message: str = ""
 
 
@@ -111,7 +114,7 @@ class WorkQueue:
 
     async def work(self, workers: int) -> None:
         """Run keys as they become due, until cancelled."""
-        metrics.QUEUED.set_function(lambda: len(self._due))
+        metrics.QUEUED.set_function(self._waiting)
         async with asyncio.TaskGroup() as group:
             for _ in range(workers):
                 group.create_task(self._worker())
@@ -155,16 +158,31 @@ class WorkQueue:
     async def _run(self, key: Key, run: Reconcile) -> Outcome:
         self._began[key] = self._last_began = time.monotonic()
         try:
-            with metrics.DURATION.labels(key.kind).time():
-                async with asyncio.timeout(RUN_SECONDS):
-                    outcome = await run(key)
-        except Exception as error:  # noqa: BLE001 - the last guard: a defect in one resource must not stop the others
-            _log.exception("reconcile failed unexpectedly", kind=key.kind, namespace=key.namespace, name=key.name)
-            outcome = Outcome(failed=True, message=f"{type(error).__name__}: {error}")
+            # All that is logged meanwhile says of which resource and which run it is.
+            with (
+                structlog.contextvars.bound_contextvars(resource=str(key), reconcile=secrets.token_hex(4)),
+                metrics.DURATION.labels(key.kind).time(),
+            ):
+                outcome = await self._guarded(key, run)
         finally:
             del self._began[key]
             self._changed.set()
         metrics.RECONCILIATIONS.labels(key.kind).inc()
         if outcome.failed:
-            metrics.FAILURES.labels(key.kind).inc()
+            metrics.FAILURES.labels(key.kind, outcome.reason).inc()
+        else:
+            metrics.SUCCESSFUL.labels(key.kind).inc()
         return outcome
+
+    async def _guarded(self, key: Key, run: Reconcile) -> Outcome:
+        try:
+            async with asyncio.timeout(RUN_SECONDS):
+                return await run(key)
+        except Exception as error:  # noqa: BLE001 - the last guard: a defect in one resource must not stop the others
+            _log.exception("reconcile failed unexpectedly")
+            return Outcome(failed=True, reason=type(error).__name__, message=f"{type(error).__name__}: {error}")
+
+    def _waiting(self) -> int:
+        """Return how many runs are due; called in the metrics' thread."""
+        now = time.monotonic()
+        return sum(due <= now for due in list(self._due.values()))

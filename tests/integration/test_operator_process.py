@@ -1179,6 +1179,18 @@ def test_outages_are_conditions_and_pass(
         becomes(api, "projection", namespace, "status", "False", "ReadStoreUnreachable")
         conditions = api.get("projection", "status", "-n", namespace)["status"]["conditions"]
         assert operator.answers("/healthz")
+        for metric in (
+            'refold_reconciliations_failed_total{kind="EventStream",reason="StoreUnreachable"}',
+            'refold_backend_call_seconds_count{backend="eventstore",outcome="unavailable"}',
+            'refold_backend_call_seconds_count{backend="readstore",outcome="unavailable"}',
+            'refold_backend_call_seconds_count{backend="kubernetes",outcome="ok"}',
+            'refold_backend_call_seconds_count{backend="kafka",outcome="ok"}',
+            'refold_resources{condition="Ready",kind="EventStream",status="False"}',
+            'refold_resources{condition="Available",kind="Projection",status="True"}',
+        ):
+            assert operator.metric(metric) >= 1, metric
+        said = [line for line in map(json.loads, operator.log.splitlines()) if line.get("reason") == "StoreUnreachable"]
+        assert any(line["resource"] == f"EventStream {namespace}/late" and line["reconcile"] for line in said)
     finally:
         postgres.start()
     assert {each["type"]: each["status"] for each in conditions}["Ready"] == "False"

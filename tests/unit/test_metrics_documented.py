@@ -9,11 +9,11 @@ from prometheus_client.metrics import MetricWrapperBase
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
 MODULES = {
-    "Operator": ["refold_operator.metrics"],
+    "Operator": ["refold_operator.metrics", "refold_operator.calls"],
     "Event store": ["refold.eventstore.metrics", "refold.web.app", "refold.web.auth.reviews"],
     "Relay": ["refold.relay.metrics"],
     "Projector": ["refold.projection.metrics"],
-    "Webhook": ["refold_operator.webhook.metrics"],
+    "Webhook": ["refold_operator.webhook.metrics", "refold_operator.calls"],
 }
 
 

@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
+import structlog
+from prometheus_client import REGISTRY
 from refold_operator import workqueue
 from refold_operator.workqueue import Key, Outcome, WorkQueue, backoff
 
@@ -182,3 +184,63 @@ async def test_a_run_that_does_not_end_and_a_queue_that_nobody_takes_from_are_st
         await until(lambda: queue.stuck() is None)
 
     await working(queue, 1, body)
+
+
+def counted(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+async def test_runs_are_counted_by_how_they_end_and_failures_by_their_reason() -> None:
+    names = [f"refold_reconciliations{part}_total" for part in ("", "_successful")]
+    before = [counted(name, kind="EventStream") for name in names]
+    reasons = ("KafkaUnreachable", "KeyError")
+    failed = [counted("refold_reconciliations_failed_total", kind="EventStream", reason=reason) for reason in reasons]
+    runs = Runs(Outcome(failed=True, again=0.01, reason=reasons[0]), KeyError("defect"), Outcome())
+    queue = WorkQueue(runs)
+    queue.add(A)
+
+    async def body() -> None:
+        await until(lambda: len(runs.keys) == 2)
+        queue.hurry()
+        await until(lambda: len(runs.keys) == 3 and not runs.now)
+
+    await working(queue, 1, body)
+    after = [counted(name, kind="EventStream") for name in names]
+    assert [now - then for now, then in zip(after, before, strict=True)] == [3, 1]
+    now = [counted("refold_reconciliations_failed_total", kind="EventStream", reason=reason) for reason in reasons]
+    assert [after - before for after, before in zip(now, failed, strict=True)] == [1, 1]
+
+
+async def test_the_queue_is_as_deep_as_runs_are_due_and_wait() -> None:
+    runs = Runs()
+    runs.hold.clear()
+    queue = WorkQueue(runs)
+    for key in (A, B):
+        queue.add(key)
+    queue.add(Key("Projection", "shop", "later"), after=60)
+
+    async def body() -> None:
+        await until(lambda: runs.now == 1)
+        assert counted("refold_reconciliations_queued") == 1
+        runs.hold.set()
+        await until(lambda: len(runs.keys) == 2)
+        assert counted("refold_reconciliations_queued") == 0
+
+    await working(queue, 1, body)
+
+
+async def test_all_that_a_run_logs_says_of_which_resource_and_run_it_is() -> None:
+    told = []
+
+    async def reconcile(key: Key) -> Outcome:
+        await asyncio.sleep(0.02)
+        told.append(structlog.contextvars.get_contextvars())
+        return Outcome(again=0.0 if len(told) < 3 else None)
+
+    queue = WorkQueue(reconcile)
+    queue.add(A)
+    queue.add(B)
+    await working(queue, 2, lambda: until(lambda: len(told) == 4))
+    assert {one["resource"] for one in told} == {"EventStream shop/a", "EventStream shop/b"}
+    assert len({one["reconcile"] for one in told}) == 4
+    assert structlog.contextvars.get_contextvars() == {}

@@ -20,6 +20,7 @@ from refold_operator.cluster import Cluster, RefusedError
 from refold_operator.errors import UnreachableError
 from refold_operator.webhook import certificates
 from refold_operator.webhook.certificates import Certificates, Pair
+from refold_operator.webhook.metrics import EXPIRES
 from refold_operator.webhook.settings import Settings
 
 _log = structlog.get_logger(__name__)
@@ -118,6 +119,7 @@ class Keeper:
             path.write_text(serving.key_pem + serving.pem)
             self._context.load_cert_chain(path)
         self._served = serving
+        EXPIRES.set(serving.ends.timestamp())
         _log.info("serving with a new certificate", until=serving.ends.isoformat())
 
     async def _get(self, kind: str, namespace: str | None) -> Mapping[str, Any]:
