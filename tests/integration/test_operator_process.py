@@ -1186,7 +1186,7 @@ def test_outages_are_conditions_and_pass(
             'refold_backend_call_seconds_count{backend="kubernetes",outcome="ok"}',
             'refold_backend_call_seconds_count{backend="kafka",outcome="ok"}',
             'refold_resources{condition="Ready",kind="EventStream",status="False"}',
-            'refold_resources{condition="Available",kind="Projection",status="True"}',
+            'refold_resources{condition="Ready",kind="Projection",status="False"}',
         ):
             assert operator.metric(metric) >= 1, metric
         said = [line for line in map(json.loads, operator.log.splitlines()) if line.get("reason") == "StoreUnreachable"]

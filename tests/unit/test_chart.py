@@ -2,15 +2,10 @@
 
 import copy
 import dataclasses
-import functools
 import importlib
-import json
-import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,92 +14,32 @@ from refold.eventstore import Limits
 from refold.eventstore.settings import Settings
 from refold_operator import election, main
 
-ROOT = Path(__file__).parents[2]
-CHART = ROOT / "charts" / "refold"
-NAMESPACE = "refold-system"
-EMBEDDED: dict[str, Any] = {"embedded": {"enabled": True}}
-EXTERNAL: dict[str, Any] = {
-    "store": {"adminSecret": "my-store"},
-    "readStore": {"adminSecret": "my-read-store"},
-    "kafka": {"bootstrapServers": "kafka-0:9092,kafka-1:9092"},
-}
+from tests.charts import (
+    CHART,
+    EMBEDDED,
+    EXTERNAL,
+    NAMESPACE,
+    ROOT,
+    Manifest,
+    at,
+    helm,
+    merged,
+    one,
+    pods,
+    refusal,
+    render,
+)  # fmt: skip
+
 SECURITY: dict[str, Any] = {
     "protocol": "SASL_SSL", "relaySecret": "my-relay", "operatorSecret": "my-operator", "projectorSecret": "my-reader",
     "caSecret": "my-ca",
 }  # fmt: skip
 BOTH = pytest.mark.parametrize("values", [EMBEDDED, EXTERNAL], ids=["embedded", "external"])
 
-Manifest = dict[str, Any]
-
-
-@functools.cache
-def helm_program() -> str:
-    cache = Path(os.environ.get("REFOLD_CACHE") or Path.home() / ".cache" / "refold")
-    found = shutil.which("helm", path=f"{cache / 'bin'}:{os.environ['PATH']}")
-    if found is None:
-        pytest.fail("the chart's tests need helm: `make tools` provides it (70 s once)", pytrace=False)
-    return found
-
-
-def helm(command: str, values: dict[str, Any], *options: str) -> subprocess.CompletedProcess[str]:
-    # a helm that was built from its Go module believes the cluster to be of version 1.20
-    return subprocess.run(
-        [helm_program(), *command.split(), CHART, "-n", NAMESPACE, "--kube-version=1.34.0", "--values=-", *options],
-        input=json.dumps(values), text=True, capture_output=True, check=False,
-    )  # fmt: skip
-
-
-@functools.cache
-def rendered(values: str) -> list[Manifest]:
-    result = helm("template refold", json.loads(values))
-    assert result.returncode == 0, result.stderr
-    return [document for document in yaml.load_all(result.stdout, yaml.CSafeLoader) if document]
-
-
-def render(values: dict[str, Any]) -> list[Manifest]:
-    return copy.deepcopy(rendered(json.dumps(values)))
-
-
-def refusal(values: dict[str, Any]) -> str:
-    result = helm("template refold", values)
-    assert result.returncode != 0, "the chart took the values"
-    return result.stderr
-
-
-def merged(*layers: dict[str, Any]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            both = isinstance(value, dict) and isinstance(result.get(key), dict)
-            result[key] = merged(result[key], value) if both else copy.deepcopy(value)
-    return result
-
-
-def at(path: str, value: Any) -> dict[str, Any]:
-    """Return values with only `path` (dots between keys) set."""
-    result = value
-    for key in reversed(path.split(".")):
-        result = {key: result}
-    assert isinstance(result, dict)
-    return result
-
-
-def one(manifests: list[Manifest], kind: str, name: str) -> Manifest:
-    found = [m for m in manifests if m["kind"] == kind and m["metadata"]["name"] == name]
-    assert len(found) == 1, f"{len(found)} of {kind} {name}"
-    return found[0]
-
-
-def pods(manifests: list[Manifest]) -> Iterator[tuple[str, Manifest]]:
-    """Yield name and pod template of everything that makes pods."""
-    for manifest in manifests:
-        if "template" in manifest.get("spec", {}):
-            yield f"{manifest['kind']}/{manifest['metadata']['name']}", manifest["spec"]["template"]
-
 
 def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in values.items():
-        if isinstance(value, dict) and key != "resources":
+        if isinstance(value, dict) and key not in ("resources", "labels", "annotations"):
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
@@ -114,6 +49,10 @@ SECURED = merged(EXTERNAL, {"kafka": {"security": SECURITY}})
 PRINCIPALS = {"relayPrincipal": "User:relay", "projectorPrincipal": "User:reader"}
 WITH_PRINCIPALS = merged(SECURED, {"kafka": {"security": PRINCIPALS}})
 WITH_ACLS = merged(WITH_PRINCIPALS, at("kafka.security.manageAcls", True))
+SCRAPED = merged(EMBEDDED, at("networkPolicy.metricsFrom", [{"namespaceSelector": {}}]))
+MONITORED = merged(
+    SCRAPED, *(at(f"monitoring.{part}.enabled", True) for part in ("podMonitors", "alerts", "dashboard"))
+)
 DEFAULTS = yaml.safe_load((CHART / "values.yaml").read_text())
 RESOURCES = {"requests": {"cpu": "7m"}, "limits": {"memory": "77Mi"}}
 #: Another than the default for every value, with what else must be set for it to matter.
@@ -164,6 +103,15 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "networkPolicy.kafkaEgress": ([{"ports": [{"port": 9093}]}], EXTERNAL),
     "networkPolicy.redisEgress": ([{"ports": [{"port": 6380}]}], EXTERNAL),
     "networkPolicy.metricsFrom": ([{"namespaceSelector": {}}], EMBEDDED),
+    "monitoring.podMonitors.enabled": (True, SCRAPED),
+    "monitoring.podMonitors.interval": ("7s", MONITORED),
+    "monitoring.podMonitors.labels": ({"release": "other"}, MONITORED),
+    "monitoring.alerts.enabled": (True, EMBEDDED),
+    "monitoring.alerts.labels": ({"release": "other"}, MONITORED),
+    "monitoring.alerts.runbook": ("https://runbooks.example/refold", MONITORED),
+    "monitoring.dashboard.enabled": (True, EMBEDDED),
+    "monitoring.dashboard.labels": ({"other_dashboard": "1"}, MONITORED),
+    "monitoring.dashboard.annotations": ({"grafana_folder": "Refold"}, MONITORED),
     "embedded.enabled": (True, EXTERNAL),
     "embedded.postgres.image": ("my/postgres:15", EMBEDDED),
     "embedded.postgres.storage": ("7Gi", EMBEDDED),
@@ -287,6 +235,9 @@ def test_an_unknown_value_is_refused(parent: str) -> None:
         ("embedded.redis.maxmemory", "0"),
         ("operator.resources", {"request": {}}),
         ("store.adminSecret", "Not_A_Name"),
+        ("monitoring.podMonitors.interval", "often"),
+        ("monitoring.podMonitors.labels", {"release": 1}),
+        ("monitoring.alerts.runbook", "docs/alerts.md#there"),
     ],
 )
 def test_a_value_that_cant_be_is_refused_with_its_name(path: str, value: Any) -> None:
