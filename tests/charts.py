@@ -85,7 +85,9 @@ def one(manifests: list[Manifest], kind: str, name: str) -> Manifest:
 
 
 def pods(manifests: list[Manifest]) -> Iterator[tuple[str, Manifest]]:
-    """Yield name and pod template of everything that makes pods."""
+    """Yield name and pod template of everything that is or makes pods."""
     for manifest in manifests:
         if "template" in manifest.get("spec", {}):
             yield f"{manifest['kind']}/{manifest['metadata']['name']}", manifest["spec"]["template"]
+        elif manifest["kind"] == "Pod":
+            yield f"Pod/{manifest['metadata']['name']}", manifest

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from refold.eventstore import Limits
 from refold.eventstore.settings import Settings
-from refold_operator import election, main
+from refold.projection.definition import Definition
+from refold_operator import children, election, main, resources, selftest
 
 from tests.charts import (
     CHART,
@@ -59,6 +60,7 @@ RESOURCES = {"requests": {"cpu": "7m"}, "limits": {"memory": "77Mi"}}
 OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "image.repository": ("registry.example/refold", EMBEDDED),
     "image.tag": ("7", EMBEDDED),
+    "image.digest": (f"sha256:{'0a' * 32}", EMBEDDED),
     "image.pullPolicy": ("Always", EMBEDDED),
     "crds.install": (False, EMBEDDED),
     "store.adminSecret": ("other", EXTERNAL),
@@ -77,6 +79,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "kafka.security.relayPrincipal": ("User:other", WITH_ACLS),
     "kafka.security.projectorPrincipal": ("User:other", WITH_ACLS),
     "operator.replicas": (1, EMBEDDED),
+    "operator.priorityClassName": ("system-cluster-critical", EMBEDDED),
     "operator.resources": (RESOURCES, EMBEDDED),
     "eventstore.replicas": (1, EMBEDDED),
     "eventstore.liveReaders": (50, EMBEDDED),
@@ -87,15 +90,18 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "eventstore.limits.bodyBytes": (16_000_000, EMBEDDED),
     "eventstore.limits.waitingAppends": (100, EMBEDDED),
     "eventstore.limits.waitingBytes": (1_000_000, EMBEDDED),
+    "eventstore.priorityClassName": ("system-cluster-critical", EMBEDDED),
     "eventstore.resources": (RESOURCES, EMBEDDED),
     "eventstore.service.type": ("NodePort", EMBEDDED),
     "eventstore.service.nodePort": (30080, merged(EMBEDDED, at("eventstore.service.type", "NodePort"))),
     "relay.replicas": (1, EMBEDDED),
     "relay.shards": (4, EMBEDDED),
+    "relay.priorityClassName": ("system-cluster-critical", EMBEDDED),
     "relay.resources": (RESOURCES, EMBEDDED),
     "webhook.enabled": (False, EMBEDDED),
     "webhook.failurePolicy": ("Fail", EMBEDDED),
     "webhook.replicas": (1, EMBEDDED),
+    "webhook.priorityClassName": ("system-cluster-critical", EMBEDDED),
     "webhook.resources": (RESOURCES, EMBEDDED),
     "networkPolicy.enabled": (False, EMBEDDED),
     "networkPolicy.apiServerPorts": ([8443], EMBEDDED),
@@ -223,6 +229,8 @@ def test_an_unknown_value_is_refused(parent: str) -> None:
         ("webhook.enabled", "yes"),
         ("image.pullPolicy", "Sometimes"),
         ("image.tag", "a b"),
+        ("image.digest", "sha256:0a"),
+        ("relay.priorityClassName", "Not a name"),
         ("kafka.bootstrapServers", "kafka"),
         ("kafka.security.protocol", "TLS"),
         ("kafka.security.mechanism", "GSSAPI"),
@@ -312,10 +320,13 @@ def test_rendered_crds_equal_the_repositorys_and_are_kept_on_uninstall() -> None
 # --- pods ---
 
 
+VOLUMES = {"emptyDir", "configMap", "secret", "persistentVolumeClaim", "projected"}
+
+
 @BOTH
 def test_every_pod_satisfies_the_restricted_pod_security_standard(values: dict[str, Any]) -> None:
     templates = dict(pods(render(values)))
-    assert len(templates) == (8 if values is EMBEDDED else 5)
+    assert len(templates) == (9 if values is EMBEDDED else 6)
     for name, template in templates.items():
         spec = template["spec"]
         security = spec["securityContext"]
@@ -324,7 +335,7 @@ def test_every_pod_satisfies_the_restricted_pod_security_standard(values: dict[s
         assert security["seccompProfile"] == {"type": "RuntimeDefault"}, name
         assert not any(spec.get(field) for field in ("hostNetwork", "hostPID", "hostIPC")), name
         for volume in spec["volumes"]:
-            assert set(volume) - {"name"} <= {"emptyDir", "configMap", "secret", "persistentVolumeClaim"}, name
+            assert set(volume) - {"name"} <= VOLUMES, name
         for container in [*spec.get("initContainers", []), *spec["containers"]]:
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,
@@ -340,9 +351,38 @@ def test_every_container_has_resources_and_every_long_running_one_probes(values:
         for container in [*template["spec"].get("initContainers", []), *template["spec"]["containers"]]:
             assert container["resources"]["requests"]["memory"], name
             assert container["resources"]["limits"]["memory"], name
-        if not name.startswith("Job/"):
+        if not name.startswith(("Job/", "Pod/")):
             for container in template["spec"]["containers"]:
                 assert {"startupProbe", "livenessProbe", "readinessProbe"} <= set(container), name
+
+
+REPLICATED = ("operator", "eventstore", "relay", "webhook")
+
+
+def test_replicas_are_spread_over_nodes_and_zones_and_have_the_priority_that_is_given() -> None:
+    manifests = render(merged(EMBEDDED, *(at(f"{process}.priorityClassName", process) for process in REPLICATED)))
+    for process in REPLICATED:
+        deployment = one(manifests, "Deployment", f"refold-{process}")["spec"]
+        pod = deployment["template"]["spec"]
+        assert pod["priorityClassName"] == process
+        spread = pod["topologySpreadConstraints"]
+        assert [each["topologyKey"] for each in spread] == ["kubernetes.io/hostname", "topology.kubernetes.io/zone"]
+        for each in spread:
+            assert (each["maxSkew"], each["whenUnsatisfiable"]) == (1, "ScheduleAnyway")
+            assert each["labelSelector"] == deployment["selector"]
+
+
+def test_a_digest_decides_which_image_runs_also_in_what_the_operator_starts() -> None:
+    digest = f"sha256:{'0a' * 32}"
+    manifests = render(
+        merged(EMBEDDED, {"image": {"repository": "registry.example/refold", "tag": "7", "digest": digest}})
+    )
+    image = f"registry.example/refold:7@{digest}"
+    for process in REPLICATED:
+        (container,) = one(manifests, "Deployment", f"refold-{process}")["spec"]["template"]["spec"]["containers"]
+        assert container["image"] == image
+    (operator,) = one(manifests, "Deployment", "refold-operator")["spec"]["template"]["spec"]["containers"]
+    assert {"name": "REFOLD_IMAGE", "value": image} in operator["env"]
 
 
 @BOTH
@@ -379,7 +419,7 @@ def test_selectors_find_the_pods_of_their_own_component_only(values: dict[str, A
         name = f"{manifest['kind']}/{manifest['metadata']['name']}"
         if manifest["kind"] == "Service":
             assert [pod.split("/")[1] for pod in found(manifest["spec"]["selector"])] == [manifest["metadata"]["name"]]
-        elif name in labels and manifest["kind"] != "Job":
+        elif name in labels and manifest["kind"] not in {"Job", "Pod"}:
             assert found(manifest["spec"]["selector"]["matchLabels"]) == [name]
         elif manifest["kind"] == "PodDisruptionBudget":
             assert found(manifest["spec"]["selector"]["matchLabels"]) == [f"Deployment/{manifest['metadata']['name']}"]
@@ -658,6 +698,69 @@ def test_without_the_webhook_nothing_of_it_is_there() -> None:
     assert not [m["kind"] for m in manifests if m["metadata"]["name"] == "refold-webhook"]
 
 
+# --- helm test ---
+
+
+def test_what_the_test_makes_are_hooks_that_go_when_it_has_passed() -> None:
+    made = [m for m in render(EMBEDDED) if m["metadata"].get("labels", {}).get("app.kubernetes.io/component") == "test"]
+    hooks = {m["kind"]: m["metadata"]["annotations"] for m in made if m["kind"] != "NetworkPolicy"}
+    assert set(hooks) == {"ServiceAccount", "Role", "RoleBinding", "EventStream", "Projection", "Pod"}
+    for annotations in hooks.values():
+        assert annotations["helm.sh/hook"] == "test"
+        assert annotations["helm.sh/hook-delete-policy"] == "before-hook-creation,hook-succeeded"
+    order = sorted(hooks, key=lambda kind: int(hooks[kind]["helm.sh/hook-weight"]))
+    assert order[-3:] == ["EventStream", "Projection", "Pod"]
+
+
+def test_the_test_appends_to_its_own_stream_and_reads_its_own_rows_and_may_nothing_else() -> None:
+    manifests = render(EMBEDDED)
+    pod = one(manifests, "Pod", "refold-test")["spec"]
+    assert pod["automountServiceAccountToken"] is False
+    (token,) = [volume["projected"]["sources"] for volume in pod["volumes"] if "projected" in volume]
+    assert [source["serviceAccountToken"]["audience"] for source in token] == ["refold"]
+    binding = one(manifests, "RoleBinding", "refold-test")
+    assert [subject["name"] for subject in binding["subjects"]] == [pod["serviceAccountName"]]
+    rights = {
+        (resource, verb, name)
+        for rule in one(manifests, "Role", "refold-test")["rules"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+        for name in rule["resourceNames"]
+    }
+    stream, projection = (one(manifests, kind, "refold-test") for kind in ("EventStream", "Projection"))
+    assert rights == {
+        ("eventstreams/events", "create", stream["metadata"]["name"]),
+        ("eventstreams/events", "get", stream["metadata"]["name"]),
+        ("projections/rows", "get", projection["metadata"]["name"]),
+    }
+    assert stream["spec"]["deletionPolicy"] == projection["spec"]["deletionPolicy"] == "Delete"
+    definition = Definition.model_validate({name: projection["spec"][name] for name in ("streams", "columns", "fold")})
+    assert [rule.type for rule in definition.fold] == ["Tested"]
+
+
+def test_the_test_finds_both_ends_and_is_let_through_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifests = render(EMBEDDED)
+    (container,) = one(manifests, "Pod", "refold-test")["spec"]["containers"]
+    assert container["command"][-1] == selftest.__name__
+    for variable in container["env"]:
+        monkeypatch.setenv(variable["name"], variable["value"])
+    settings = selftest.Settings()  # type: ignore[call-arg]
+    service = one(manifests, "Service", "refold-eventstore")
+    assert settings.eventstore_url == f"http://{service['metadata']['name']}.{NAMESPACE}.svc"
+    projection = resources.projection(
+        merged(
+            one(manifests, "Projection", "refold-test"),
+            {"metadata": {"uid": "u", "generation": 1, "resourceVersion": "1"}},
+        )
+    )
+    assert settings.query_url == children.url(projection)
+    (to,) = [rule["to"] for rule in one(manifests, "NetworkPolicy", "refold-test")["spec"]["egress"] if "to" in rule]
+    labels = children.query_service(projection)["spec"]["selector"] | {"app.kubernetes.io/part-of": "refold"}
+    assert to[1]["podSelector"]["matchLabels"].items() <= labels.items()
+    mounted = {volume["mountPath"] for volume in container["volumeMounts"]}
+    assert str(settings.token_file.parent) in mounted
+
+
 # --- network policies ---
 
 
@@ -724,6 +827,7 @@ def test_network_policies_allow_the_arrows_of_the_data_flow_only() -> None:
         ("refold-operator", "refold-kafka"),
         ("refold-operator", "refold-redis"),
         ("refold-eventstore", "refold-postgres"),
+        ("refold-test", "refold-eventstore"),
         ("refold-relay", "refold-postgres"),
         ("refold-relay", "refold-kafka"),
         *((f"{part} of a tenant", "refold-redis") for part in ("projector", "query")),

@@ -21,7 +21,22 @@ app.kubernetes.io/part-of: refold
 {{- end }}
 
 {{- define "refold.image" -}}
-{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}{{ with .Values.image.digest }}@{{ . }}{{ end }}
+{{- end }}
+
+{{/* Where pods of a component are put: one node or zone that goes should not take all of them along. Argument: (list $ component). */}}
+{{- define "refold.scheduling" -}}
+{{- with get (get (first .).Values (last .)) "priorityClassName" }}
+priorityClassName: {{ . }}
+{{- end }}
+topologySpreadConstraints:
+{{- range $key := list "kubernetes.io/hostname" "topology.kubernetes.io/zone" }}
+  - maxSkew: 1
+    topologyKey: {{ $key }}
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels: {{- include "refold.selector" $ | nindent 8 }}
+{{- end }}
 {{- end }}
 
 {{/* Restricted Pod Security, of a pod. Argument: the uid, also the group and the group of the volumes. */}}
@@ -39,6 +54,13 @@ seccompProfile: {type: RuntimeDefault}
 allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
+{{- end }}
+
+{{/* Annotations of what `helm test` makes. Argument: its place in the order. */}}
+{{- define "refold.testHook" -}}
+helm.sh/hook: test
+helm.sh/hook-weight: {{ . | quote }}
+helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
 {{- end }}
 
 {{/* Port and probes that every process of Refold has. */}}
