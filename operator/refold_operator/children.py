@@ -329,6 +329,16 @@ def _deployment(
                     **identity,
                     "enableServiceLinks": False,
                     "terminationGracePeriodSeconds": _GRACE_SECONDS,
+                    # One node or zone that goes should not take all of them along.
+                    "topologySpreadConstraints": [
+                        {
+                            "maxSkew": 1,
+                            "topologyKey": key,
+                            "whenUnsatisfiable": "ScheduleAnyway",
+                            "labelSelector": {"matchLabels": _selector(labels)},
+                        }
+                        for key in ("kubernetes.io/hostname", "topology.kubernetes.io/zone")
+                    ],
                     "securityContext": {
                         "runAsNonRoot": True,
                         "runAsUser": _USER,

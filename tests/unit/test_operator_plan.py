@@ -245,6 +245,15 @@ class TestManifests:
         assert {"livenessProbe", "readinessProbe", "startupProbe"} <= set(container)
 
     @pytest.mark.parametrize("manifest", [projector(owner()), query(owner())], ids=["projector", "query"])
+    def test_replicas_are_spread_over_nodes_and_zones_each_deployments_by_themselves(
+        self, manifest: children.Manifest
+    ) -> None:
+        spread = manifest["spec"]["template"]["spec"]["topologySpreadConstraints"]
+        assert [each["topologyKey"] for each in spread] == ["kubernetes.io/hostname", "topology.kubernetes.io/zone"]
+        assert all(each["labelSelector"] == manifest["spec"]["selector"] for each in spread)
+        assert all(each["whenUnsatisfiable"] == "ScheduleAnyway" for each in spread), "one node is enough"
+
+    @pytest.mark.parametrize("manifest", [projector(owner()), query(owner())], ids=["projector", "query"])
     def test_secrets_come_from_secrets_only(self, manifest: children.Manifest) -> None:
         (container,) = manifest["spec"]["template"]["spec"]["containers"]
         for variable in container["env"]:
