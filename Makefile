@@ -8,6 +8,9 @@ export PATH := $(REFOLD_CACHE)/bin:$(PATH)
 UV := $(REFOLD_CACHE)/uv/bin/uv
 PYTHON := .venv/bin/python
 PYTEST := .venv/bin/pytest
+# Test processes at once, each with servers of its own; a file's tests stay together
+WORKERS ?= 2
+AT_ONCE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help
 help: ## List the commands
@@ -44,11 +47,11 @@ lint: venv ## Style, types, layers and shell scripts
 
 .PHONY: unit
 unit: venv tools ## Tests without servers
-	$(PYTEST) tests/unit
+	$(PYTEST) $(AT_ONCE) tests/unit
 
 .PHONY: integration
 integration: venv servers ## Tests with real PostgreSQL, Kafka and Redis on 127.0.0.1
-	$(PYTEST) tests/integration
+	$(PYTEST) $(AT_ONCE) tests/integration
 
 .PHONY: attack-briefly
 attack-briefly: venv servers ## Attack each invariant briefly

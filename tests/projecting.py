@@ -338,7 +338,7 @@ class ReadModel:
             for partition, log in enumerate(self.world.events[name])
         )
 
-    def wait(self, seconds: float = 40) -> None:
+    def wait(self, seconds: float = 120) -> None:
         until(self.caught_up, f"{self.name} to catch up; it is at {self.applied()}", seconds)
 
     async def status(self) -> ProjectionStatus:
@@ -439,7 +439,7 @@ class Process:
         self.log.unlink()
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
+def until(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"

@@ -237,7 +237,7 @@ class World:
             assert self.relayed(stream, at_least=sum(map(len, expected))) == expected
 
 
-def until(condition: Callable[[], Any], what: str, *, within: float = 30) -> None:
+def until(condition: Callable[[], Any], what: str, *, within: float = 90) -> None:
     deadline = time.monotonic() + within
     while not condition():
         assert time.monotonic() < deadline, f"not in {within} s: {what}"

@@ -369,7 +369,7 @@ async def test_the_process_serves_before_its_database_is_there_and_ends_with_0_o
             sys.executable, "-c", "from refold.cli.main import app; app()", "eventstore", env=env,
             stderr=asyncio.subprocess.DEVNULL,
         )  # fmt: skip
-        for _ in range(200):
+        for _ in range(600):
             try:
                 assert api.ask("/healthz").status == 200
                 break

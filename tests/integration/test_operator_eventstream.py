@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, cast
 
 import psycopg
@@ -79,6 +79,13 @@ async def until(topics: Kafka, topic: str, *, there: bool) -> None:
     """Wait until the brokers' metadata has the news."""
     async with asyncio.timeout(10):
         while (await topics.topic(topic) is not None) is not there:  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.05)
+
+
+async def until_configured(topics: Kafka, topic: str, config: Mapping[str, str]) -> None:
+    """Wait until the broker that is asked has `config`: the controller answers a change before the brokers know it."""
+    async with asyncio.timeout(30):
+        while (found := await topics.topic(topic)) is None or found.config != config:  # noqa: ASYNC110 - as above
             await asyncio.sleep(0.05)
 
 
@@ -219,12 +226,14 @@ async def test_a_deleted_topic_is_made_again(store: Store, topics: Kafka, name: 
 async def test_drift_of_the_topics_config_is_undone(store: Store, topics: Kafka, name: str) -> None:
     spec = {"config": {"retention.ms": "1000"}}
     await reconcile(resource(name, topic=spec), store, topics)
-    await topics.configure(f"shop.{name}", {"retention.ms": "5", "segment.ms": "777", "cleanup.policy": "compact"})
+    drifted = {"retention.ms": "5", "segment.ms": "777", "cleanup.policy": "compact"}
+    await topics.configure(f"shop.{name}", drifted)
+    await until_configured(topics, f"shop.{name}", {**drifted, **MESSAGE_BYTES})
     result = await reconcile(resource(name, topic=spec), store, topics)
     assert "retention.ms" in result.found
-    topic = await topics.topic(f"shop.{name}")
-    assert topic is not None
-    assert topic.config == {"retention.ms": "1000", "cleanup.policy": "delete", **MESSAGE_BYTES}
+    await until_configured(
+        topics, f"shop.{name}", {"retention.ms": "1000", "cleanup.policy": "delete", **MESSAGE_BYTES}
+    )
 
 
 async def test_what_kafka_refuses_is_said_with_its_words(store: Store, topics: Kafka, name: str) -> None:
