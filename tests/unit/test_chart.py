@@ -498,8 +498,9 @@ def test_the_operator_alone_logs_in_to_redis_with_the_charts_password() -> None:
 
 
 def test_values_of_0_1_come_along_and_its_shared_token_is_refused_with_what_to_do() -> None:
-    former = render(merged(EMBEDDED, at("auth.existingSecret", "")))
-    assert without_random(former) == without_random(render(EMBEDDED))
+    for auth in ({"existingSecret": ""}, {}, None):  # None: what the message says to set
+        former = render(merged(EMBEDDED, {"auth": auth}))
+        assert without_random(former) == without_random(render(EMBEDDED))
     message = refusal(merged(EMBEDDED, at("auth.existingSecret", "my-token")))
     assert "auth.existingSecret is of Refold 0.1" in message
     assert "docs/authorisation.md" in message
