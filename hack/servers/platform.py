@@ -5,10 +5,11 @@ the `refold` command with the settings of docs/architecture.md, so that a test c
 """
 
 import asyncio
+import contextlib
 import secrets
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,7 +64,8 @@ class Platform:
         """
         self.postgres, self.kafka = postgres, kafka
         self.store_database, self.read_database = store_database, read_database
-        self._servers = {store_database: postgres, read_database: read or postgres}
+        self.read_server = read or postgres
+        self._servers = {store_database: postgres, read_database: self.read_server}
         self.logs = Path(tempfile.mkdtemp(prefix="refold-logs-"))
         self._auth = tokens_file(TOKEN, self.logs)
         self._password = secrets.token_hex(16)
@@ -102,6 +104,12 @@ class Platform:
     def read_dsn(self) -> str:
         """Return the administrator's DSN of the read models' database."""
         return self._dsn(self.read_database, self._admins[self.read_database])
+
+    def projector_dsn(self, namespace: str, name: str) -> str:
+        """Return the DSN of a projection's projector login in the read models' database."""
+        return self._dsn(
+            self.read_database, readstore.logins(self.read_database, names.read_schema(namespace, name))[0]
+        )
 
     def stream(self, namespace: str, name: str, *, partitions: int) -> catalog.Stream:
         """Make a stream and its topic, as the operator does, and activate it."""
@@ -192,10 +200,9 @@ class Platform:
                     projector_password=self._password, query_password=self._password,
                 )  # fmt: skip
         else:
-            store = RedisStore(redis)
-            await store.claim(namespace=namespace, name=name, uid=f"{namespace}/{name}")
-            await store.ensure_version(namespace=namespace, name=name, version=version, definition=stored)
-            await store.close()
+            async with _opened(RedisStore(redis)) as store:
+                await store.claim(namespace=namespace, name=name, uid=f"{namespace}/{name}")
+                await store.ensure_version(namespace=namespace, name=name, version=version, definition=stored)
         async with await self._admin(self.store_database) as conn:
             readers = [catalog.reader_role(conn, stream) for stream in streams]
             role = names.resource_role(self.store_database, names.read_schema(namespace, name), "projector")
@@ -203,6 +210,29 @@ class Platform:
                 conn, role, self._password, member_of=[*readers, names.store_role(self.store_database, "heads")]
             )
         return version
+
+    def swap(self, namespace: str, name: str, version: str, *, redis: str | None = None) -> bool:
+        """Make a projection's version the live one if it has caught up, as the operator tries; return whether it is."""
+        return asyncio.run(self._swap(namespace, name, version, redis))
+
+    async def _swap(self, namespace: str, name: str, version: str, redis: str | None) -> bool:
+        if redis is None:
+            async with await self._admin(self.read_database) as conn:
+                return await readstore.try_swap(conn, namespace=namespace, name=name, version=version)
+        async with _opened(RedisStore(redis)) as store:
+            return await store.try_swap(namespace=namespace, name=name, version=version)
+
+    def drop_version(self, namespace: str, name: str, version: str, *, redis: str | None = None) -> None:
+        """Drop a projection's version that isn't live, and that no projector folds any more."""
+        asyncio.run(self._drop_version(namespace, name, version, redis))
+
+    async def _drop_version(self, namespace: str, name: str, version: str, redis: str | None) -> None:
+        if redis is None:
+            async with await self._admin(self.read_database) as conn:
+                await readstore.drop_version(conn, namespace=namespace, name=name, version=version)
+            return
+        async with _opened(RedisStore(redis)) as store:
+            await store.drop_version(namespace=namespace, name=name, version=version)
 
     def operator(self, kubeconfig: Path, *, namespace: str, **settings: str) -> "Service":
         """Return an operator of the cluster of `kubeconfig`, not yet started; `namespace` is its own."""
@@ -235,18 +265,28 @@ class Platform:
             "REFOLD_STORE_DSN": self._dsn(
                 self.store_database, names.resource_role(self.store_database, schema, "projector")
             ),
-            "REFOLD_READSTORE_DSN": self._dsn(self.read_database, readstore.logins(self.read_database, schema)[0]),
+            "REFOLD_READSTORE_DSN": self.projector_dsn(namespace, name),
             "REFOLD_KAFKA_BOOTSTRAP": self.kafka.bootstrap,
         }
         return Service(self, "projector", **{**default, **settings})
 
-    def query(self, namespace: str, name: str) -> "Service":
-        """Return a query service, not yet started."""
+    def query(self, namespace: str, name: str, **settings: str) -> "Service":
+        """Return a query service, not yet started; of a Redis with its URL as REFOLD_READSTORE_DSN."""
         schema = names.read_schema(namespace, name)
-        return Service(
-            self, "query", REFOLD_PROJECTION=f"{namespace}/{name}", REFOLD_AUTH=self._auth,
-            REFOLD_READSTORE_DSN=self._dsn(self.read_database, readstore.logins(self.read_database, schema)[1]),
-        )  # fmt: skip
+        default = {
+            "REFOLD_PROJECTION": f"{namespace}/{name}",
+            "REFOLD_AUTH": self._auth,
+            "REFOLD_READSTORE_DSN": self._dsn(self.read_database, readstore.logins(self.read_database, schema)[1]),
+        }
+        return Service(self, "query", **{**default, **settings})
+
+
+@contextlib.asynccontextmanager
+async def _opened(store: RedisStore) -> AsyncIterator[RedisStore]:
+    try:
+        yield store
+    finally:
+        await store.close()
 
 
 async def _topic_ids(admin: AdminClient, topics: Sequence[str]) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """What must be true after the attack, whatever was killed and whenever (the invariants of docs/architecture.md)."""
 
+import asyncio
 import collections
-import datetime as dt
+import contextlib
 import re
 import time
 from collections.abc import Sequence
@@ -12,49 +13,20 @@ from typing import Any
 import msgspec
 import psycopg
 from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
-from psycopg import sql
 from refold.eventstore.catalog import Stream
 from refold.partitioning import partition_of
+from refold.projection.definition import VersionDefinition
+from refold.projection.readstore import After, Order, Page, VersionReads, stores
+from refold.projection.readstore import Rows as ReadRows
 
 from hack.servers import Kafka, Postgres
-from hack.servers.platform import READ, STORE, Platform
 from tests.attack.clients import Acknowledged
+from tests.attack.history import History, Stored
+from tests.attack.models import Model, Rows
 
 _DEADLOCK = re.compile(r".*deadlock.*")
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """An event of the store."""
-
-    position: int
-    subject: str
-    revision: int
-    id: str
-    type: str
-    data: Any
-    recorded_at: dt.datetime
-
-
-#: The events of the store, by partition, in the order of their positions.
-History = list[list[Stored]]
-
-
-def read_store(platform: Platform, stream: Stream) -> tuple[History, list[int]]:
-    """Return the store's events, and the heads of the partitions."""
-    history: History = [[] for _ in range(stream.partitions)]
-    with psycopg.connect(platform.postgres.dsn(STORE)) as connection:
-        query = sql.SQL(
-            "select partition, position, subject, revision, id, type, data, recorded_at from {}.events "
-            "order by partition, position"
-        ).format(sql.Identifier(stream.schema))
-        with connection.cursor("events") as cursor:
-            for partition, *event in cursor.execute(query):
-                history[partition].append(Stored(*event))
-        heads = connection.execute(
-            "select head from refold.heads where stream = %s order by partition", [stream.stream]
-        ).fetchall()
-    return history, [head for (head,) in heads]
+#: Rows that are read at once.
+_PAGE = 2000
 
 
 def check_history(history: History, heads: Sequence[int]) -> None:
@@ -96,10 +68,10 @@ def check_appends(history: History, acknowledged: Sequence[Acknowledged]) -> Non
     )
 
 
-def check_no_deadlock(platform: Platform, postgres: Postgres) -> None:
+def check_no_deadlock(postgres: Postgres) -> None:
     """PostgreSQL never had to end a deadlock: neither its log tells of one nor, since its last crash, its numbers."""
     assert _DEADLOCK.findall(postgres.log.read_text(errors="replace")) == []
-    with psycopg.connect(platform.postgres.dsn(STORE)) as connection:
+    with psycopg.connect(postgres.dsn()) as connection:
         assert connection.execute("select sum(deadlocks) from pg_stat_database").fetchone() == (0,)
 
 
@@ -136,57 +108,85 @@ def check_topic(kafka: Kafka, stream: Stream, history: History) -> None:
     assert found == [len(partition) for partition in history]
 
 
-def wait_applied(platform: Platform, versions: dict[str, str], heads: Sequence[int]) -> None:
-    """Both read models come to the heads within 120 s."""
+@dataclass(frozen=True)
+class Built:
+    """A version of a read model, and the URL of the read store that holds it."""
+
+    url: str
+    model: Model
+    generation: int
+    version: str
+
+    @property
+    def rows(self) -> ReadRows:
+        """The version as a projector sees it."""
+        return stores.rows(self.url, namespace="shop", name=self.model.name, version=self.version)
+
+    def positions(self, stream: Stream) -> list[int]:
+        """Return how far it is in each partition."""
+        partitions = [(stream.incarnation, number) for number in range(stream.partitions)]
+        with contextlib.closing(self.rows) as rows:
+            found = rows.positions(partitions)
+        return [found[at].position for at in partitions]
+
+    @property
+    def told(self) -> str:
+        """What it is, for people."""
+        store = "Redis" if self.url.startswith("redis") else "PostgreSQL"
+        return f"{self.model.name} {self.generation} ({self.version}) in {store}"
+
+
+def wait_applied(versions: Sequence[Built], stream: Stream, heads: Sequence[int]) -> None:
+    """All versions come to the heads, in each partition, within 120 s."""
     deadline = time.monotonic() + 120
-    with psycopg.connect(platform.postgres.dsn(READ), autocommit=True) as connection:
-        for name, version in versions.items():
-            query = sql.SQL("select position from {}.positions where version = %s order by partition").format(
-                sql.Identifier(f"shop.{name}.read")
-            )
-            while (found := [row[0] for row in connection.execute(query, [version]).fetchall()]) != heads:
-                assert time.monotonic() < deadline, f"{name} is at {found}, the heads are {heads}"
-                time.sleep(0.2)
+    for one in versions:
+        while (found := one.positions(stream)) != heads:
+            assert time.monotonic() < deadline, f"{one.told} is at {found}, the heads are {heads}"
+            time.sleep(0.2)
 
 
-def check_rows(platform: Platform, versions: dict[str, str], history: History) -> None:
-    """Both read models equal a fold of the history in plain Python, and nothing is parked."""
-    orders: dict[str, tuple[Any, ...]] = {}
-    customers: dict[str, tuple[int | None, Decimal]] = {}  # a column that nothing was added to is null
-    for partition in history:
-        for event in partition:
-            status, items, total = orders.get(event.subject, (None, 0, Decimal()))
-            data, amount = event.data, Decimal()
-            match event.type:
-                case "OrderPlaced":
-                    amount = Decimal(str(data["total"]))
-                    orders[event.subject] = ("placed", items + 1, total + amount)
-                case "ItemAdded":
-                    amount = data["qty"] * Decimal(str(data["price"]))
-                    orders[event.subject] = (status, items + data["qty"], total + amount)
-                case "OrderPaid":
-                    orders[event.subject] = ("paid", items, total)
-                case "OrderPurged":
-                    orders.pop(event.subject, None)
-            if event.type in ("OrderPlaced", "ItemAdded"):
-                number, spent = customers.get(data["customer"], (None, Decimal()))
-                if event.type == "OrderPlaced":
-                    number = (number or 0) + 1
-                customers[data["customer"]] = (number, spent + amount)
-    with psycopg.connect(platform.postgres.dsn(READ)) as connection:
-        for name, columns, expected in (
-            ("order-status", ("status", "items", "total"), orders),
-            ("customers", ("orders", "spent"), customers),
-        ):
-            schema = f"shop.{name}.read"
-            query = sql.SQL("select key, {} from {}").format(
-                sql.SQL(", ").join(map(sql.Identifier, columns)), sql.Identifier(schema, f"rows_{versions[name]}")
-            )
-            found = {row[0]: row[1:] for row in connection.execute(query).fetchall()}
-            wrong = {key: (found.get(key), expected.get(key)) for key in found.keys() | expected.keys()}
-            wrong = {key: (row, right) for key, (row, right) in wrong.items() if row != right}
-            assert not wrong, f"{name} holds {len(wrong)} wrong rows (the row, and what it should be): {wrong}"
-            parked = connection.execute(
-                sql.SQL("select count(*) from {}.parked").format(sql.Identifier(schema))
-            ).fetchone()
-            assert parked == (0,)
+def check_rows(versions: Sequence[Built], history: History) -> None:
+    """Each version equals the fold of the history in plain Python, by key and by its index; nothing is parked."""
+    for one in versions:
+        with contextlib.closing(one.rows) as rows:
+            definition = rows.open()
+        found, by_index, parked = asyncio.run(_read(one, definition))
+        expected = one.model.fold(history, one.generation)
+        wrong = {key: (found.get(key), expected.get(key)) for key in found.keys() | expected.keys()}
+        wrong = {key: (row, right) for key, (row, right) in wrong.items() if row != right}
+        assert not wrong, f"{one.told} holds {len(wrong)} wrong rows (the row, and what it should be): {wrong}"
+        assert by_index == _in_order(expected, one.model.index), f"the index {one.model.index} of {one.told} is wrong"
+        assert parked == 0, f"{one.told} has parked {parked} events"
+
+
+async def _read(one: Built, definition: VersionDefinition) -> tuple[Rows, list[str], int]:
+    """Return a version's rows, their keys in the order of its index, and how many events it has parked."""
+    reads = stores.reads(one.url, namespace="shop", name=one.model.name, connections=2)
+    await reads.open()
+    try:
+        version = reads.version(one.version, definition)
+        rows = {
+            key: msgspec.json.decode(data, type=dict[str, Any], float_hook=Decimal)
+            for key, data in await _pages(version, "key")
+        }
+        return rows, [key for key, _ in await _pages(version, one.model.index)], (await version.status()).parked
+    finally:
+        await reads.close()
+
+
+async def _pages(version: VersionReads, column: str) -> list[tuple[str, str]]:
+    """Return keys and data of all rows in the order of a column, read page by page."""
+    found: list[tuple[str, str]] = []
+    after: After | None = None
+    while True:
+        _, page = await version.page(Page([], Order(column, False), after, _PAGE))
+        found += [(key, data) for key, data, _ in page]
+        if len(page) < _PAGE:
+            return found
+        key, data, _ = page[-1]
+        after = After(None if column == "key" else msgspec.json.decode(data)[column], key)
+
+
+def _in_order(rows: Rows, column: str) -> list[str]:
+    """Return the keys in the order of a column, null last, and then of the keys."""
+    return sorted(rows, key=lambda key: (rows[key][column] is None, rows[key][column] or 0, key.encode()))

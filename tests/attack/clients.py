@@ -100,6 +100,22 @@ class Client(threading.Thread):
         """Let the client finish the append that it is at; join it to wait for that."""
         self._stopped.set()
 
+    def fill(self, appends: int) -> None:
+        """Append a history before running: atomic appends of 25 events to each of 8 subjects.
+
+        Raises:
+            Failed: one was refused.
+        """
+        for _ in range(appends):
+            parts = []
+            for _ in range(8):
+                customer = self._customer()
+                placed = self._event("OrderPlaced", {"customer": customer, "total": self._random.randrange(9999) / 100})
+                events = [placed, *(self._item(customer) for _ in range(24))]
+                parts.append(Part(f"{self.name} order/{next(self._numbers)}", events, "none"))
+            if not self._append(parts):
+                raise Failed(f"{parts}: a revision conflict on subjects that nobody else writes to")
+
     def run(self) -> None:
         """Append until stopped or failed."""
         try:
