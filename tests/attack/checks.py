@@ -27,6 +27,7 @@ from tests.attack.models import Model, Rows
 _DEADLOCK = re.compile(r".*deadlock.*")
 #: Rows that are read at once.
 _PAGE = 2000
+_EXACT = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal)
 
 
 def check_history(history: History, heads: Sequence[int]) -> None:
@@ -165,10 +166,7 @@ async def _read(one: Built, definition: VersionDefinition) -> tuple[Rows, list[s
     await reads.open()
     try:
         version = reads.version(one.version, definition)
-        rows = {
-            key: msgspec.json.decode(data, type=dict[str, Any], float_hook=Decimal)
-            for key, data in await _pages(version, "key")
-        }
+        rows = {key: _EXACT.decode(data) for key, data in await _pages(version, "key")}
         return rows, [key for key, _ in await _pages(version, one.model.index)], (await version.status()).parked
     finally:
         await reads.close()

@@ -80,6 +80,7 @@ class Client(threading.Thread):
         acknowledged: the acknowledged appends, in their order.
         counts: how many were acknowledged and how many events they hold, how many were atomic, answered as replays and
             refused for a revision, and how often one was repeated.
+        token: the latest acknowledged append's.
         failure: the first answer that no client may get.
     """
 
@@ -94,6 +95,7 @@ class Client(threading.Thread):
         self._seen: collections.Counter[str] = collections.Counter()  # the revision of each subject, as last told
         self.acknowledged: list[Acknowledged] = []
         self.counts: collections.Counter[str] = collections.Counter()
+        self.token = ""
         self.failure: str | None = None
 
     def stop(self) -> None:
@@ -205,6 +207,7 @@ class Client(threading.Thread):
         for part, place in zip(parts, places, strict=True):
             self._seen[part.subject] = max(self._seen[part.subject], place.revision)
         self.acknowledged.append(list(zip(parts, places, strict=True)))
+        self.token = answer["token"]
         self.counts["acknowledged"] += 1
         self.counts["events"] += sum(len(part.events) for part in parts)
         self.counts["atomic"] += len(parts) > 1
