@@ -5,6 +5,8 @@ SHELL := /usr/bin/env bash
 export REFOLD_CACHE ?= $(HOME)/.cache/refold
 # kind, kubectl and helm, where hack/kind had to build them
 export PATH := $(REFOLD_CACHE)/bin:$(PATH)
+# Else each of the processes that tests start compiles all that it imports: 4 s of CPU in place of 1.3
+unexport PYTHONDONTWRITEBYTECODE
 UV := $(REFOLD_CACHE)/uv/bin/uv
 PYTHON := .venv/bin/python
 PYTEST := .venv/bin/pytest
