@@ -14,7 +14,7 @@ from typing import Any
 from refold import kafka, names
 
 from refold_operator.cluster import API_VERSION
-from refold_operator.resources import EventStream, Processes, Projection
+from refold_operator.resources import EventStream, Processes, Projection, QueryScaling
 
 Manifest = dict[str, Any]
 
@@ -104,10 +104,10 @@ def projector(
     image: Image,
     brokers: kafka.Brokers,
     secret: Manifest,
-    runs: bool = True,
+    replicas: int,
     installed: str | None = None,
 ) -> Manifest:
-    """Return the Deployment of one version's projectors; without any where it doesn't run.
+    """Return the Deployment of one version's projectors, of which there are `replicas`.
 
     `installed` tells an image that isn't Refold's own which Refold it has to go together with.
     """
@@ -123,13 +123,15 @@ def projector(
         env.append({"name": "REFOLD_INSTALLED", "value": installed})
     return _deployment(
         owner, names.projector_name(owner.metadata.name, version), "projector", _labels(owner, "projector", version),
-        processes=owner.spec.projector if runs else owner.spec.projector.model_copy(update={"replicas": 0}),
-        image=image, env=env, secret=secret,
+        processes=owner.spec.projector, replicas=replicas, image=image, env=env, secret=secret,
     )  # fmt: skip
 
 
 def query(owner: Projection, *, image: Image, secret: Manifest, account: Mapping[str, Any]) -> Manifest:
-    """Return the query service's Deployment; `account` is its ServiceAccount as it is in the cluster."""
+    """Return the query service's Deployment; `account` is its ServiceAccount as it is in the cluster.
+
+    Where its processes are scaled, their number isn't in it: that is the HorizontalPodAutoscaler's.
+    """
     env = [
         {"name": "REFOLD_PROJECTION", "value": f"{owner.metadata.namespace}/{owner.metadata.name}"},
         _from_secret("REFOLD_READSTORE_DSN", secret, "readstore-dsn"),
@@ -139,8 +141,8 @@ def query(owner: Projection, *, image: Image, secret: Manifest, account: Mapping
         env.append(_from_secret("REFOLD_STORE_DSN", secret, "store-dsn"))
     return _deployment(
         owner, names.query_name(owner.metadata.name), "query", _labels(owner, "query"),
-        processes=owner.spec.query, image=image, env=env, secret=secret,
-        account=account,
+        processes=owner.spec.query, replicas=None if owner.spec.query.scaling else owner.spec.query.replicas,
+        image=image, env=env, secret=secret, account=account,
     )  # fmt: skip
 
 
@@ -155,6 +157,29 @@ def query_service(owner: Projection) -> Manifest:
             "type": "ClusterIP",
             "selector": _selector(labels),
             "ports": [{"name": "http", "port": 80, "targetPort": "http", "protocol": "TCP"}],
+        },
+    }
+
+
+def only_replicas(deployment: Mapping[str, Any], replicas: int) -> Manifest:
+    """Return what says of a Deployment that is there only how many replicas it has."""
+    metadata = {name: deployment["metadata"][name] for name in ("name", "namespace")}
+    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata, "spec": {"replicas": replicas}}
+
+
+def query_autoscaler(owner: Projection, scaling: QueryScaling) -> Manifest:
+    """Return the HorizontalPodAutoscaler of the query processes."""
+    name = names.query_name(owner.metadata.name)
+    cpu = {"type": "Utilization", "averageUtilization": scaling.target_cpu}
+    return {
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": _metadata(owner, name, _labels(owner, "query")),
+        "spec": {
+            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": name},
+            "minReplicas": scaling.min_replicas,
+            "maxReplicas": scaling.max_replicas,
+            "metrics": [{"type": "Resource", "resource": {"name": "cpu", "target": cpu}}],
         },
     }
 
@@ -276,12 +301,16 @@ def _deployment(
     labels: Mapping[str, str],
     *,
     processes: Processes,
+    replicas: int | None,
     image: Image,
     env: list[Manifest],
     secret: Manifest,
     account: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """Return a Deployment; with an `account` its pods get that ServiceAccount's token."""
+    """Return a Deployment; with an `account` its pods get that ServiceAccount's token.
+
+    Without `replicas` their number is somebody else's.
+    """
     # Other credentials are another pod template, so that pods which have the former ones are replaced. The token of a
     # ServiceAccount is worth nothing once that is deleted, though one of the same name may be there.
     digest = hashlib.sha256(repr(sorted(secret["data"].items())).encode()).hexdigest()[:16]
@@ -320,7 +349,7 @@ def _deployment(
         "kind": "Deployment",
         "metadata": _metadata(owner, name, labels),
         "spec": {
-            "replicas": processes.replicas,
+            **({} if replicas is None else {"replicas": replicas}),
             "revisionHistoryLimit": 2,
             "selector": {"matchLabels": _selector(labels)},
             "template": {

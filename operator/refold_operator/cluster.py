@@ -19,6 +19,8 @@ from refold_operator.guard import Guard, unguarded
 
 #: The field manager of all that the operator applies.
 MANAGER = "refold-operator"
+#: Of a Deployment's replicas, from when the operator leaves them to somebody else until that one sets them.
+HAND_OVER = "refold-handover"
 GROUP = "refold.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
@@ -31,6 +33,7 @@ _PATHS = {
     "Service": ("/api/v1", "services"),
     "Secret": ("/api/v1", "secrets"),
     "ServiceAccount": ("/api/v1", "serviceaccounts"),
+    "HorizontalPodAutoscaler": ("/apis/autoscaling/v2", "horizontalpodautoscalers"),
     "ClusterRoleBinding": ("/apis/rbac.authorization.k8s.io/v1", "clusterrolebindings"),
     "ValidatingWebhookConfiguration": (
         "/apis/admissionregistration.k8s.io/v1",
@@ -88,14 +91,14 @@ class Cluster:
         # The items of a list don't repeat what they are.
         return [item | {"apiVersion": answer["apiVersion"], "kind": kind} for item in answer["items"]]
 
-    async def apply(self, manifest: Mapping[str, Any]) -> Object:
+    async def apply(self, manifest: Mapping[str, Any], *, manager: str = MANAGER) -> Object:
         """Apply `manifest` server-side, taking its fields over from other managers, and return the object."""
         answer = await self._request(
             "PATCH",
             manifest["kind"],
             manifest["metadata"]["namespace"],
             manifest["metadata"]["name"],
-            query={"fieldManager": MANAGER, "force": "true"},
+            query={"fieldManager": manager, "force": "true"},
             body=manifest,
             content_type="application/apply-patch+yaml",
         )
@@ -237,6 +240,16 @@ def _failure(status: int, asked: str, data: bytes) -> Exception:
     if status == 429 or status >= 500:
         return UnreachableError("the Kubernetes API", f"{asked}: {status} {answer}")
     return RefusedError(status, asked, answer)
+
+
+def owns_replicas(deployment: Mapping[str, Any]) -> bool:
+    """Tell whether the operator has applied how many replicas a Deployment has."""
+    return any(
+        entry["manager"] == MANAGER
+        and entry["operation"] == "Apply"
+        and "f:replicas" in entry.get("fieldsV1", {}).get("f:spec", {})
+        for entry in deployment["metadata"].get("managedFields", [])
+    )
 
 
 def covers(live: Any, wanted: Any) -> bool:

@@ -7,8 +7,9 @@ from typing import Any
 
 import structlog
 
-from refold_operator import eventstream, projection, resources
+from refold_operator import autoscaler, eventstream, projection, resources
 from refold_operator.access import Access
+from refold_operator.autoscaler import Autoscaler
 from refold_operator.children import Image
 from refold_operator.cluster import Cluster, Object, RefusedError
 from refold_operator.delegation import Delegation
@@ -47,6 +48,7 @@ class Controller:
         kafka: Kafka,
         access: Access,
         installation: Installation,
+        autoscaler: Autoscaler,
     ) -> None:
         self._settings = settings
         self._brokers = settings.brokers()
@@ -57,6 +59,7 @@ class Controller:
         self._kafka = kafka
         self._access = access
         self._installation = installation
+        self._autoscaler = autoscaler
         self._delegation = Delegation(cluster)
         self._paces = Paces()
         self._written: dict[Key, float] = {}
@@ -129,6 +132,10 @@ class Controller:
             if key.namespace == namespace and stream in streams:
                 self.queue.add(key)
 
+    def wake(self, namespace: str, projection: str) -> None:
+        """Look at a Projection."""
+        self.queue.add(Key("Projection", namespace, projection))
+
     def _surroundings(self) -> Surroundings:
         return Surroundings(
             cluster=self._cluster,
@@ -140,6 +147,7 @@ class Controller:
             brokers=self._brokers,
             access=self._access,
             paces=self._paces,
+            autoscaler=self._autoscaler,
             key=self._installation.key,
         )
 
@@ -170,6 +178,8 @@ class Controller:
         if changed:
             _log.info("outcome changed", ready=ready["status"], reason=ready["reason"], why=ready["message"])
             await self._tell(body, warning=_is_warning(ready), reason=ready["reason"], message=ready["message"])
+        for reason, message in autoscaler.told(before, after):
+            await self._tell(body, warning=False, reason=reason, message=message)
         if found:
             _log.info("put right", found=found)
             await self._tell(body, warning=True, reason="DriftCorrected", message=found)
@@ -186,7 +196,9 @@ class Controller:
         self._written.pop(key, None)
         self._census.forget(key)
         self._readers.pop(key, None)
-        self._paces.forget((key.namespace, key.name))
+        if key.kind == "Projection":
+            self._paces.forget((key.namespace, key.name))
+            self._autoscaler.forget((key.namespace, key.name))
 
 
 def _is_warning(ready: Mapping[str, Any]) -> bool:

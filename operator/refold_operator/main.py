@@ -12,6 +12,7 @@ from refold.web.probes import Probes
 
 from refold_operator import handlers
 from refold_operator.access import Access
+from refold_operator.autoscaler import Autoscaler
 from refold_operator.cluster import Cluster
 from refold_operator.controller import NUMBERS_SECONDS, Controller
 from refold_operator.database import Database
@@ -65,9 +66,10 @@ async def _take_part(settings: Settings, election: Election) -> None:
     installation = Installation(
         namespace=settings.namespace, cluster=cluster, store=store, readstore=readstore, access=access
     )
+    autoscaler = Autoscaler(store, readstore, every=settings.autoscaler_seconds)
     controller = Controller(
         settings, cluster=cluster, store=store, readstore=readstore, redis=redis, kafka=topics, access=access,
-        installation=installation,
+        installation=installation, autoscaler=autoscaler,
     )  # fmt: skip
     watches = Watches(cluster)
     liveness = Liveness([controller.queue.stuck, watches.stuck])
@@ -93,6 +95,7 @@ async def _take_part(settings: Settings, election: Election) -> None:
                         ),
                         tasks.create_task(controller.queue.work(settings.workers)),
                         tasks.create_task(watch_numbers(store, controller, every=NUMBERS_SECONDS)),
+                        tasks.create_task(autoscaler.keep(controller.wake)),
                         tasks.create_task(watches.keep()),
                     ]
                     await _wait_for_our_kinds(cluster)

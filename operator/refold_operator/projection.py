@@ -37,6 +37,7 @@ from refold.projection.readstore import (
 
 from refold_operator import children, cluster, credentials, dsn, spec_guard
 from refold_operator.access import Access
+from refold_operator.autoscaler import Autoscaler
 from refold_operator.children import Image
 from refold_operator.cluster import Cluster, Object
 from refold_operator.delegation import Account, Delegation
@@ -71,6 +72,7 @@ class Surroundings:
         readstore: the projection's own; until it is known (`_at_its_readstore`), the installation's.
         redis: where those are whose read store is a Redis.
         paces: how fast versions are being built, as seen by the reconciles before.
+        autoscaler: decides how many projectors there are where the spec leaves it to it.
         key: the installation's key of passwords, None until the installation has read it.
     """
 
@@ -83,6 +85,7 @@ class Surroundings:
     brokers: Brokers
     access: Access
     paces: Paces
+    autoscaler: Autoscaler
     key: bytes | None
 
 
@@ -153,7 +156,7 @@ async def reconcile(projection: Projection, around: Surroundings) -> Result:
             # What serves is looked after, whatever is wrong with what is to come.
             if state.live is not None:
                 plan = _plan(projection, None, state, {})
-                deployments = await _apply(projection, around, plan.keep, found, finished=_finished(projection, state))
+                deployments = await _apply(projection, around, plan.keep, found, state=state)
                 await _tell_store(projection, around, state)
                 await _drop(projection, around, plan)
             raise
@@ -165,7 +168,7 @@ async def reconcile(projection: Projection, around: Surroundings) -> Result:
                 _log.info("version made", namespace=namespace, name=name, version=version)
             state = await around.readstore.status(namespace=namespace, name=name)
         plan = _plan(projection, version, state, {})
-        deployments = await _apply(projection, around, plan.keep, found, finished=_finished(projection, state))
+        deployments = await _apply(projection, around, plan.keep, found, state=state)
         with _readstore_errors():
             await around.readstore.try_swap(namespace=namespace, name=name, version=version)
             state = await around.readstore.status(namespace=namespace, name=name)
@@ -174,6 +177,9 @@ async def reconcile(projection: Projection, around: Surroundings) -> Result:
     except ReconcileError as error:
         problem = error
         deployments = deployments or await _look(projection, around)
+    finished = _finished(projection, state)
+    kept = _plan(projection, target, state, {}).keep if problem is None else state.versions.keys()
+    around.autoscaler.see(projection, kept - finished, deployments, around.readstore)
     return _result(
         projection,
         target=target,
@@ -182,6 +188,7 @@ async def reconcile(projection: Projection, around: Surroundings) -> Result:
         problem=problem,
         found=found,
         pace=around.paces.see((namespace, name), _building(projection, target, state)),
+        scaling=around.autoscaler.status(projection, state.live),
     )
 
 
@@ -201,7 +208,7 @@ async def finalize(projection: Projection, around: Surroundings) -> None:
         there = False
     with _cluster_errors():
         # The garbage collector would come for them only after the Projection is gone, and they hold tables and logins.
-        for kind in ("Deployment", "Service", "Secret", "ServiceAccount"):
+        for kind in ("HorizontalPodAutoscaler", "Deployment", "Service", "Secret", "ServiceAccount"):
             for child in await around.cluster.list(kind, namespace, selector=_children_of(projection)):
                 if children.owned_by(child, projection):
                     await around.cluster.delete(kind, namespace, child["metadata"]["name"])
@@ -332,9 +339,9 @@ async def _apply(
     versions: Collection[str],
     found: list[str],
     *,
-    finished: Collection[str],
+    state: ProjectionStatus,
 ) -> dict[str, Object]:
-    """Make the logins and the Kubernetes objects of `versions`; those that are `finished` need no projectors any more.
+    """Make the logins and the Kubernetes objects of `versions`; those that are finished need no projectors any more.
 
     Returns:
         The Deployments by name. `found` gets what was put right.
@@ -360,22 +367,30 @@ async def _apply(
         found.append(put_right)
     query_secret = children.query_secret(projection, readstore_dsn=logins.query, store_dsn=past_dsn)
     wanted = [query_secret, children.query_service(projection), *await _sql_secret(projection, around, around.key)]
-    for version in sorted(versions):
-        secret = children.projector_secret(
-            projection, version, store_dsn=store_dsn, readstore_dsn=logins.projector, kafka_files=kafka_files
-        )
-        handler = folded[version].definition.handler
-        deployment = children.projector(
-            projection, version, image=projector_image(projection, handler, around.image), brokers=around.brokers,
-            secret=secret, runs=version not in finished, installed=None if handler is None else refold.__version__,
-        )  # fmt: skip
-        wanted += [secret, deployment]
     with _cluster_errors():
         there = {
             (child["kind"], child["metadata"]["name"]): child
-            for kind in ("ServiceAccount", "Secret", "Service", "Deployment")
+            for kind in ("ServiceAccount", "Secret", "Service", "Deployment", "HorizontalPodAutoscaler")
             for child in await around.cluster.list(kind, namespace, selector=_children_of(projection))
         }
+        finished = _finished(projection, state)
+        for version in sorted(versions):
+            secret = children.projector_secret(
+                projection, version, store_dsn=store_dsn, readstore_dsn=logins.projector, kafka_files=kafka_files
+            )
+            deployment = there.get(("Deployment", names.projector_name(name, version)))
+            one = state.versions[version]
+            unseen = not one.live and one.retired_at is None
+            replicas = 0
+            if version not in finished:
+                replicas = around.autoscaler.replicas(projection, version, deployment, unseen=unseen)
+            handler = folded[version].definition.handler
+            manifest = children.projector(
+                projection, version, image=projector_image(projection, handler, around.image), brokers=around.brokers,
+                secret=secret, replicas=replicas,
+                installed=None if handler is None else refold.__version__,
+            )  # fmt: skip
+            wanted += [secret, manifest]
 
         async def ensure(manifest: Object) -> Object:
             manifest = children.stamped(manifest)
@@ -387,6 +402,10 @@ async def _apply(
 
         account = await ensure(children.query_account(projection))
         wanted.append(children.query(projection, image=around.image, secret=query_secret, account=account))
+        scaling = projection.spec.query.scaling
+        if scaling is not None:
+            wanted.append(children.query_autoscaler(projection, scaling))
+        await _leave_query(projection, around, there)
         for manifest in wanted:
             await ensure(manifest)
         former = there.get(("Secret", names.sql_name(name)))
@@ -395,6 +414,23 @@ async def _apply(
         # Only now: an account of this name that isn't the Projection's would have been refused.
         await around.delegation.give(Account(namespace, names.query_name(name)))
     return {child_name: child for (kind, child_name), child in there.items() if kind == "Deployment"}
+
+
+async def _leave_query(projection: Projection, around: Surroundings, there: Mapping[tuple[str, str], Object]) -> None:
+    """Let one of the two have the number of query processes: the HorizontalPodAutoscaler or the operator."""
+    namespace, name = projection.metadata.namespace, names.query_name(projection.metadata.name)
+    scaling = projection.spec.query.scaling
+    if scaling is None:
+        former = there.get(("HorizontalPodAutoscaler", name))
+        if former is not None and children.owned_by(former, projection):
+            await around.cluster.delete("HorizontalPodAutoscaler", namespace, name)
+        return
+    deployment = there.get(("Deployment", name))
+    if deployment is None or not children.owned_by(deployment, projection) or not cluster.owns_replicas(deployment):
+        return
+    # What its only manager doesn't apply any more is removed, and the default is 1: so there is another manager first.
+    replicas = max(scaling.min_replicas, min(scaling.max_replicas, deployment["spec"]["replicas"]))
+    await around.cluster.apply(children.only_replicas(deployment, replicas), manager=cluster.HAND_OVER)
 
 
 def projector_image(projection: Projection, handler: Handler | None, installed: Image) -> Image:
@@ -560,8 +596,12 @@ def _result(
     problem: ReconcileError | None,
     found: Sequence[str],
     pace: float | None,
+    scaling: Sequence[Status],
 ) -> Result:
-    """Make conditions and status of what was found; `pace` is the build's, in events a second. Pure."""
+    """Make conditions and status of what was found. Pure.
+
+    `pace` is the build's, in events a second; `scaling` what was decided about the versions' projectors.
+    """
     live = state.versions.get(state.live) if state.live is not None else None
     building = _building(projection, target, state)
     name = projection.metadata.name
@@ -581,6 +621,8 @@ def _result(
         status["selector"] = children.projector_selector(projection, live.version)
     if projector is not None:
         status["replicas"] = projector.get("status", {}).get("replicas", 0)
+    if scaling:
+        status["autoscaling"] = list(scaling)
     if building is not None:
         status["building"] = build_status(building, live, pace)
     previous = _plan(projection, target, state, {}).previous
@@ -700,8 +742,8 @@ def _ready(
         return Condition(
             "Ready", "True", "Complete", f"version {live.version} serves, as it was at {as_of.isoformat()}"
         )
-    wanted = projection.spec.projector.replicas
-    if wanted and (projector is None or not projector.get("status", {}).get("availableReplicas", 0)):
+    asleep = projector is not None and not projector["spec"].get("replicas", 1)
+    if not asleep and (projector is None or not projector.get("status", {}).get("availableReplicas", 0)):
         return Condition("Ready", "False", "ProjectorStarting", "no projector is ready yet")
     return Condition("Ready", "True", "Serving", f"version {live.version} serves")
 

@@ -1,12 +1,13 @@
 """The read store, as the operator manages it: claims, versions, logins, the live pointer."""
 
 import dataclasses
+from collections.abc import Collection
 
 import psycopg
 from psycopg import sql
 from refold import names
 from refold.projection.definition import VersionDefinition
-from refold.projection.readstore import NotFoundError, ProjectionStatus, postgres, postgres_sql
+from refold.projection.readstore import Applied, NotFoundError, ProjectionStatus, postgres, postgres_sql
 
 from refold_operator import credentials, dsn
 from refold_operator.database import Database
@@ -95,6 +96,13 @@ class ReadStore:
                 return await postgres.status(connection, namespace=namespace, name=name)
             except NotFoundError:
                 return ProjectionStatus(live=None, versions={})
+
+    async def applied(
+        self, projections: Collection[tuple[str, str]]
+    ) -> dict[tuple[str, str], dict[str, list[Applied]]]:
+        """Return how far the versions of many Projections are; see `refold.projection.readstore.postgres.applied`."""
+        async with self.database.connection() as connection:
+            return await postgres.applied(connection, projections)
 
     async def definitions(self, *, namespace: str, name: str) -> dict[str, VersionDefinition]:
         """Return what each version folds; empty where the projection isn't claimed."""

@@ -87,10 +87,49 @@ class EventStream(_Model):
 
 
 class Processes(_Model):
-    """`spec.projector` or `spec.query` of a Projection."""
+    """What `spec.projector` and `spec.query` of a Projection have in common."""
 
     replicas: int = 1
     resources: dict[str, dict[str, str | int]] = {}
+
+
+class ProjectorScaling(_Model):
+    """`spec.projector.autoscaling` of a Projection: how many projectors, by the time that they need for what waits."""
+
+    min_replicas: int = Field(default=1, alias="minReplicas", ge=0)
+    max_replicas: int = Field(alias="maxReplicas", ge=1)
+    target_drain_seconds: int = Field(default=30, alias="targetDrainSeconds", ge=1)
+    stabilization_window_seconds: int = Field(default=300, alias="stabilizationWindowSeconds", ge=0)
+
+
+class QueryScaling(_Model):
+    """`spec.query.autoscaling` of a Projection: what the HorizontalPodAutoscaler of its query processes says."""
+
+    min_replicas: int = Field(default=1, alias="minReplicas", ge=1)
+    max_replicas: int = Field(alias="maxReplicas", ge=1)
+    target_cpu: int = Field(default=70, alias="targetCPUUtilizationPercentage", ge=1)
+
+
+class Projectors(Processes):
+    """`spec.projector` of a Projection."""
+
+    autoscaling: ProjectorScaling | None = None
+
+    @property
+    def scaling(self) -> ProjectorScaling | None:
+        """By what the number of projectors is decided; None where it is `replicas`, which 0 always is."""
+        return self.autoscaling if self.replicas else None
+
+
+class Queries(Processes):
+    """`spec.query` of a Projection."""
+
+    autoscaling: QueryScaling | None = None
+
+    @property
+    def scaling(self) -> QueryScaling | None:
+        """By what the number of processes is decided; None where it is `replicas`, which 0 always is."""
+        return self.autoscaling if self.replicas else None
 
 
 class SecretReference(_Model):
@@ -115,8 +154,8 @@ class ProjectionSpec(_Model):
 
     streams: list[str]
     read_store: ReadStoreChoice = Field(default=ReadStoreChoice(), alias="readStore")
-    projector: Processes = Processes()
-    query: Processes = Processes()
+    projector: Projectors = Projectors()
+    query: Queries = Queries()
     keep_previous: Duration = Field(default=dt.timedelta(hours=1), alias="keepPrevious", validate_default=False)
     as_of: dt.datetime | None = Field(default=None, alias="asOf")
     ttl: Duration | None = None

@@ -90,6 +90,9 @@ class Settings(AccessSettings):
     #: How often every resource is compared with what is there, in seconds, beside watching.
     resync_seconds: float = Field(default=300.0, gt=0)
 
+    #: How often the projectors of Projections with `spec.projector.autoscaling` are looked at, in seconds.
+    autoscaler_seconds: float = Field(default=5.0, gt=0)
+
     @field_validator("store_admin_dsn", "readstore_admin_dsn")
     @classmethod
     def _is_a_dsn(cls, value: SecretStr) -> SecretStr:

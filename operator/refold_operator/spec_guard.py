@@ -19,7 +19,15 @@ from refold.eventstore.event_types import EventTypes, SchemaError
 from refold.projection import definition as definitions
 from refold.projection.definition import Problem
 
-from refold_operator.resources import EventStreamSpec, EventType, Processes, ProjectionSpec, Topic
+from refold_operator.resources import (
+    EventStreamSpec,
+    EventType,
+    Processes,
+    ProjectionSpec,
+    ProjectorScaling,
+    QueryScaling,
+    Topic,
+)
 
 MESSAGE_BYTES = "max.message.bytes"
 #: What Kafka takes, least and greatest, of those topic configurations that are numbers (`LogConfig` has the same).
@@ -77,6 +85,9 @@ def check_projection(spec: Mapping[str, Any]) -> list[Problem]:
         *problems,
         *_processes("spec.projector.resources", projection.projector),
         *_processes("spec.query.resources", projection.query),
+        *_scaling("spec.projector.autoscaling", projection.projector.autoscaling),
+        *_scaling("spec.query.autoscaling", projection.query.autoscaling),
+        *_utilisation(projection),
     ]
 
 
@@ -146,6 +157,26 @@ def _processes(path: str, processes: Processes) -> Iterator[Problem]:
             asked, most = (processes.resources[kind][name] for kind in ("requests", "limits"))
             message = f"{asked} is over {path}.limits.{name}, which is {most}: raise that, or lower this"
             yield Problem(f"{path}.requests.{name}", "InvalidField", message)
+
+
+def _scaling(path: str, scaling: ProjectorScaling | QueryScaling | None) -> Iterator[Problem]:
+    if scaling is not None and scaling.min_replicas > scaling.max_replicas:
+        message = (
+            f"{scaling.min_replicas} is over maxReplicas, which is {scaling.max_replicas}: raise that, or lower this"
+        )
+        yield Problem(f"{path}.minReplicas", "InvalidField", message)
+
+
+def _utilisation(projection: ProjectionSpec) -> Iterator[Problem]:
+    """Refuse what a HorizontalPodAutoscaler can't work with: it counts in shares of the CPU that is asked for."""
+    resources = projection.query.resources
+    asked = resources.get("requests", {}).get("cpu", resources.get("limits", {}).get("cpu"))
+    if projection.query.autoscaling is not None and asked is not None and _amount(asked) == 0:
+        message = (
+            f"{asked} leaves nothing that spec.query.autoscaling.targetCPUUtilizationPercentage could be a share of: "
+            "ask for some CPU, such as 50m"
+        )
+        yield Problem("spec.query.resources.requests.cpu", "InvalidField", message)
 
 
 def _amount(quantity: str | int) -> Decimal | None:

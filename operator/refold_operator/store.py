@@ -114,6 +114,11 @@ class Store:
             if stream.uid is not None
         }
 
+    async def heads(self, incarnations: Sequence[str]) -> dict[tuple[str, int], int]:
+        """Return the heads of streams; see `refold.eventstore.catalog.heads_of`."""
+        async with self.database.connection() as connection:
+            return await catalog.heads_of(connection, incarnations)
+
     async def positions_at(self, stream: Stream, moment: dt.datetime) -> list[int] | None:
         """Return the last positions until `moment`, None where it hasn't passed; see `refold.eventstore.catalog`."""
         async with self.database.connection() as connection:

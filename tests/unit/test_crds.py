@@ -147,8 +147,16 @@ def test_the_operators_models_have_the_resources_fields() -> None:
     assert aliases(resources.EventStreamSpec) == set(schema("EventStream", "spec")["properties"])
     assert aliases(resources.EventType) == set(schema("EventStream", "spec", "events", "[]")["properties"])
     assert aliases(resources.Topic) == set(schema("EventStream", "spec", "topic")["properties"])
-    assert aliases(resources.Processes) == set(schema("Projection", "spec", "projector")["properties"])
-    assert aliases(resources.Processes) == set(schema("Projection", "spec", "query")["properties"])
+    for part, processes, scaling in (
+        ("projector", resources.Projectors, resources.ProjectorScaling),
+        ("query", resources.Queries, resources.QueryScaling),
+    ):
+        assert aliases(processes) == set(schema("Projection", "spec", part)["properties"])
+        fields = schema("Projection", "spec", part, "autoscaling")["properties"]
+        assert aliases(scaling) == set(fields)
+        assert {field.alias: field.default for field in scaling.model_fields.values() if not field.is_required()} == {
+            name: field["default"] for name, field in fields.items() if "default" in field
+        }
     own = {"readStore", "projector", "query", "keepPrevious", "asOf", "ttl", "deletionPolicy"}
     assert aliases(resources.ProjectionSpec) - {"streams"} == own
     store = schema("Projection", "spec", "readStore")

@@ -176,7 +176,8 @@ BROKERS = kafka.Settings(kafka_bootstrap="kafka:9092").brokers()
 
 def projector(resource: resources.Projection, *, store_dsn: str = "host=a") -> children.Manifest:
     secret = children.projector_secret(resource, "abc", store_dsn=store_dsn, readstore_dsn="host=b", kafka_files={})
-    return children.projector(resource, "abc", image=IMAGE, brokers=BROKERS, secret=secret)
+    replicas = resource.spec.projector.replicas
+    return children.projector(resource, "abc", image=IMAGE, brokers=BROKERS, secret=secret, replicas=replicas)
 
 
 def query(resource: resources.Projection, *, store_dsn: str | None = None) -> children.Manifest:
@@ -201,7 +202,7 @@ class TestManifests:
         ).brokers()
         files = {"username": "u", "password": "hunter2", "ca.crt": "CA"}
         secret = children.projector_secret(owner(), "abc", store_dsn="a", readstore_dsn="b", kafka_files=files)
-        made = children.projector(owner(), "abc", image=IMAGE, brokers=brokers, secret=secret)
+        made = children.projector(owner(), "abc", image=IMAGE, brokers=brokers, secret=secret, replicas=1)
         pod = made["spec"]["template"]["spec"]
         (container,) = pod["containers"]
         env = {variable["name"]: variable.get("value") for variable in container["env"]}
@@ -279,7 +280,7 @@ class TestManifests:
         secret = children.projector_secret(owner(), "abc", store_dsn="a", readstore_dsn="b", kafka_files={})
         image = Image("registry/acme:1", "Always")
         made = children.projector(
-            owner(), "abc", image=image, brokers=BROKERS, secret=secret, installed=refold.__version__
+            owner(), "abc", image=image, brokers=BROKERS, secret=secret, replicas=1, installed=refold.__version__
         )
         (container,) = made["spec"]["template"]["spec"]["containers"]
         (plain,) = projector(owner())["spec"]["template"]["spec"]["containers"]
@@ -305,11 +306,19 @@ class TestManifests:
         assert image({"handler": {"image": 7}}) == one, "a broken spec leaves what runs alone"
         assert image({}) == one
 
-    def test_a_version_that_is_finished_keeps_its_deployment_without_processes(self) -> None:
-        secret = children.projector_secret(owner(), "abc", store_dsn="a", readstore_dsn="b", kafka_files={})
-        made = children.projector(owner(), "abc", image=IMAGE, brokers=BROKERS, secret=secret, runs=False)
-        running = projector(owner(projector={"replicas": 3}))
-        assert (made["spec"]["replicas"], running["spec"]["replicas"]) == (0, 3)
+    def test_the_number_of_scaled_query_processes_is_their_autoscalers(self) -> None:
+        scaling = {"minReplicas": 2, "maxReplicas": 5, "targetCPUUtilizationPercentage": 60}
+        scaled = owner(query={"autoscaling": scaling})
+        assert "replicas" not in query(scaled)["spec"]
+        assert scaled.spec.query.scaling is not None
+        made = children.query_autoscaler(scaled, scaled.spec.query.scaling)
+        assert made["spec"]["scaleTargetRef"]["name"] == query(scaled)["metadata"]["name"]
+        assert (made["spec"]["minReplicas"], made["spec"]["maxReplicas"]) == (2, 5)
+        assert made["spec"]["metrics"][0]["resource"]["target"]["averageUtilization"] == 60
+        assert children.owned_by(made, owner())
+        stopped = owner(query={"replicas": 0, "autoscaling": scaling})
+        assert query(stopped)["spec"]["replicas"] == 0
+        assert stopped.spec.query.scaling is None
 
     def test_other_credentials_replace_the_pods(self) -> None:
         first, second = (
@@ -350,7 +359,7 @@ class TestManifests:
         resource = owner()
         long = resource.model_copy(update={"metadata": resource.metadata.model_copy(update={"name": "n" * 40})})
         manifest = children.projector(
-            long, "0123abcd", image=IMAGE, brokers=BROKERS,
+            long, "0123abcd", image=IMAGE, brokers=BROKERS, replicas=1,
             secret=children.projector_secret(long, "0123abcd", store_dsn="", readstore_dsn="", kafka_files={}),
         )  # fmt: skip
         assert all(len(value) <= 63 for value in manifest["metadata"]["labels"].values())
@@ -458,6 +467,7 @@ def outcome(
         problem=problem,
         found=[],
         pace=pace,
+        scaling=[],
     )
     return {condition.type: condition for condition in result.conditions}, result
 

@@ -412,6 +412,16 @@ async def stream_heads(
     return heads
 
 
+async def heads_of(conn: AsyncConnection[Any], incarnations: Sequence[str]) -> dict[tuple[str, int], int]:
+    """Return the heads of streams by incarnation and partition; a history that is gone is left out."""
+    cursor = await conn.execute(
+        "select incarnation, partition, head from refold.heads join refold.streams using (stream) "
+        "where incarnation = any(%s)",
+        [list(incarnations)],
+    )
+    return {(incarnation, partition): head async for incarnation, partition, head in cursor}
+
+
 async def positions_at(conn: AsyncConnection[Any], stream: Stream, moment: dt.datetime) -> list[int] | None:
     """Return the last positions that were recorded until `moment`, in the order of the partitions.
 

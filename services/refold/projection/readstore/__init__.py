@@ -95,6 +95,25 @@ class PartitionStatus(msgspec.Struct, frozen=True):
         return max(0, self.head - self.position)
 
 
+class Applied(msgspec.Struct, frozen=True):
+    """How far one version is in one partition, with what else keeps its projector from having nothing to do.
+
+    `head` is as the projector last saw it; `stopped`: it doesn't go on here; `parked`: the version has parked events.
+    """
+
+    incarnation: str
+    partition: int
+    position: int
+    head: int
+    stopped: bool
+    parked: bool
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """The partition: incarnation of its stream, and its number."""
+        return self.incarnation, self.partition
+
+
 class VersionStatus(msgspec.Struct, frozen=True):
     """How far one version of a projection is."""
 
@@ -147,6 +166,14 @@ class VersionStatus(msgspec.Struct, frozen=True):
     def stopped(self) -> list[str]:
         """Why partitions stand still; empty where none does."""
         return [partition.stopped for partition in self.partitions if partition.stopped]
+
+    @property
+    def applied(self) -> list[Applied]:
+        """How far it is in each partition."""
+        return [
+            Applied(one.incarnation, one.partition, one.position, one.head, bool(one.stopped), bool(self.parked))
+            for one in self.partitions
+        ]
 
 
 class ProjectionStatus(msgspec.Struct, frozen=True):

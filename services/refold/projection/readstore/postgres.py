@@ -9,6 +9,7 @@ stands in `refold_read.projections`, so that nothing that someone else made is e
 """
 
 import re
+from collections.abc import Collection
 from decimal import Decimal
 from typing import Any
 
@@ -28,6 +29,7 @@ from refold.projection.definition import (
     stamped,
 )
 from refold.projection.readstore import (
+    Applied,
     ConflictError,
     NotFoundError,
     PartitionStatus,
@@ -470,6 +472,37 @@ async def status(conn: AsyncConnection[Any], *, namespace: str, name: str) -> Pr
                 fields = {field: row[field] for field in PartitionStatus.__struct_fields__}
                 version.partitions.append(PartitionStatus(**fields))
     return ProjectionStatus(live=live, versions=versions)
+
+
+async def applied(
+    conn: AsyncConnection[Any], projections: Collection[tuple[str, str]]
+) -> dict[tuple[str, str], dict[str, list[Applied]]]:
+    """Return how far the versions of many projections are, by (namespace, name) and version, in one query.
+
+    One that isn't in this read store is left out. Where one is dropped meanwhile, the query fails as a whole.
+    """
+    schemas = {names.read_schema(namespace, name): (namespace, name) for namespace, name in projections}
+    cursor = await conn.execute(
+        "select n.nspname from pg_class c join pg_namespace n on n.oid = c.relnamespace "
+        "where c.relname = 'positions' and n.nspname = any(%s)",
+        [list(schemas)],
+    )
+    there = [schema for (schema,) in await cursor.fetchall()]
+    found: dict[tuple[str, str], dict[str, list[Applied]]] = {}
+    if not there:
+        return found
+    one = sql.SQL(
+        "select {name}, version, incarnation, partition, position, head, stopped is not null, "
+        "exists (select from {schema}.parked p where p.version = o.version) from {schema}.positions o"
+    )
+    cursor = await conn.execute(
+        sql.SQL(" union all ").join(
+            one.format(name=sql.Literal(schema), schema=sql.Identifier(schema)) for schema in there
+        )
+    )
+    async for schema, version, *row in cursor:
+        found.setdefault(schemas[schema], {}).setdefault(version, []).append(Applied(*row))
+    return found
 
 
 async def _upgrade(conn: AsyncConnection[Any], schema: str) -> None:
