@@ -1,6 +1,7 @@
 """How many projectors a version of a Projection needs: enough to fold what waits within its target time. Pure.
 
-What is needed is (events that wait ÷ target seconds + events that come a second) ÷ what one projector folds a second.
+What is needed is (events that wait ÷ target seconds + events a second that came and were folded) ÷ what one projector
+folds a second.
 The last of these is measured only while there is more to fold than is folded in a moment, or it would be the pace at
 which events come, and only some time after the projectors' number has changed, since partitions change hands then.
 
@@ -19,10 +20,13 @@ _SETTLE_LOOKS = 3
 #: Looks that a measurement takes at least, and that it is made of at most; also those that arrivals are counted in.
 _MEASURE_LOOKS = 2
 _KNOWN_LOOKS = 12
+#: So many looks in a row at which nothing was folded aren't the time that batches take, but an outage.
+_PAUSES = 6
 #: Projectors fold all the time where more waits than they fold in so many seconds.
 _BUSY_SECONDS = 2.0
-#: A need that differs less from what there is, as a share of it, changes nothing.
-_TOLERANCE = 0.1
+#: A need that is over what there is by no more than this share of it doesn't make them more; and fewer have to suffice
+#: though each folds no more than this share of what it can, or they would be too few at the next breath of noise.
+_MORE, _FEWER = 0.1, 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,14 +136,12 @@ def step(
         measured = _measured(measured, last, look, every)
     looks = (*(one for one in memory.looks if one.at > look.at - _KNOWN_LOOKS * every), look)
     pace = _pace(measured, every)
-    coming = max(0, look.head - looks[0].head) / (_KNOWN_LOOKS * every)
-    need = _need(memory.replicas, look, looks, pace, coming, scaling, every)
-    wants = _whole(need, memory.replicas)
+    # What came and still waits is counted once, or a burst would look like a load.
+    coming = max(0, look.head - looks[0].head - look.lag) / (_KNOWN_LOOKS * every)
+    wants = _wants(memory.replicas, look, looks, pace, coming, scaling, every)
     # A partition is folded by one projector: those beyond the partitions with events have nothing to do.
-    wants = min(wants, max(1, *(one.busy for one in looks)))
-    if look.lag or look.held:
-        wants = max(wants, 1)
-    capped = within(wants, bounds)
+    useful = min(wants, max(1, *(one.busy for one in looks)))
+    capped = within(max(useful, 1 if look.lag or look.held else 0), bounds)
     wanted = (
         *(
             (at, count)
@@ -160,25 +162,37 @@ def _measured(before: tuple[Measured, ...], last: Look, look: Look, every: float
     """Return the measurements with that of the time between two looks, where it is one."""
     seconds, events = look.at - last.at, look.applied - last.applied
     at_work = min(look.running, last.busy, look.busy)
-    if events <= 0 or at_work <= 0 or not 0 < seconds <= _KNOWN_LOOKS * every:
-        return before  # nobody folded: an outage isn't a pace
-    known = _pace(before, every)
-    saturated = min(last.lag, look.lag) >= events / seconds * _BUSY_SECONDS
-    faster = known is not None and events / (seconds * at_work) > known
-    if not (saturated or faster):
+    waited = min(last.lag, look.lag)
+    if events < 0 or at_work <= 0 or not 0 < seconds <= _KNOWN_LOOKS * every:
         return before
+    if not waited or waited < events / seconds * _BUSY_SECONDS:
+        return before
+    moved = _moved(before)
+    if len(before) - len(moved) >= _PAUSES:
+        if not events:
+            return before
+        before = moved  # that was an outage
     return (*before[-(_KNOWN_LOOKS - 1) :], Measured(events, seconds * at_work))
+
+
+def _moved(measured: tuple[Measured, ...]) -> tuple[Measured, ...]:
+    """Return the measurements up to the last one with events: after it, a batch is under way, or something is away."""
+    count = len(measured)
+    while count and not measured[count - 1].events:
+        count -= 1
+    return measured[:count]
 
 
 def _pace(measured: tuple[Measured, ...], every: float) -> float | None:
     """Return the events that one projector folds a second; None while too little was measured."""
-    seconds = sum(one.seconds for one in measured)
-    if len(measured) < _MEASURE_LOOKS or seconds < every:
+    moved = _moved(measured)
+    seconds = sum(one.seconds for one in moved)
+    if len(moved) < _MEASURE_LOOKS or seconds < every:
         return None
-    return sum(one.events for one in measured) / seconds
+    return sum(one.events for one in moved) / seconds
 
 
-def _need(
+def _wants(
     replicas: int,
     look: Look,
     looks: tuple[Look, ...],
@@ -186,26 +200,22 @@ def _need(
     coming: float,
     scaling: ProjectorScaling,
     every: float,
-) -> float:
-    """Return how many projectors are needed, not yet a whole number."""
+) -> int:
+    """Return how many projectors are wanted, by what waits and comes, and at which pace one folds."""
     work = look.lag / scaling.target_drain_seconds + coming
     if not work:
-        return 0.0
-    whole_window = look.at - looks[0].at >= (_KNOWN_LOOKS - 2) * every
+        return 0
+    whole = look.at - looks[0].at >= (_KNOWN_LOOKS - 2) * every
     if pace is None:
         folded = (look.applied - looks[0].applied) / (_KNOWN_LOOKS * every)
-        keeps_up = whole_window and all(one.lag < max(1.0, folded * _BUSY_SECONDS) for one in looks)
-        return max(1.0, float(replicas - 1 if keeps_up else replicas))
+        keeps_up = whole and all(one.lag < max(1.0, folded * _BUSY_SECONDS) for one in looks)
+        return max(1, replicas - 1 if keeps_up else replicas)
     need = work / pace
-    if whole_window and look.applied == looks[0].applied and all(one.running and one.lag for one in looks):
-        return min(need, float(replicas))  # nothing moves: more of them wouldn't either
-    return need
-
-
-def _whole(need: float, replicas: int) -> int:
-    if replicas and abs(need / replicas - 1) <= _TOLERANCE:
-        return replicas
-    return math.ceil(need)
+    # Where nothing moves, more of them wouldn't either.
+    stands = whole and look.applied == looks[0].applied and all(one.running and one.lag for one in looks)
+    if need > replicas * (1 + _MORE) and not stands:
+        return math.ceil(need)
+    return min(replicas, math.ceil(need / _FEWER))
 
 
 def _told(
@@ -220,20 +230,20 @@ def _told(
 ) -> Change:
     least, most = bounds
     limited = ""
-    if wants > after == most:
-        limit = "maxReplicas allows" if scaling.max_replicas <= look.partitions else "there are partitions for"
-        limited = f"; {wants} would be needed, and {limit} {most}"
-    elif wants < after == least and before < after:
+    if wants > after:
+        limit = "maxReplicas" if after == scaling.max_replicas else "the number of partitions with events"
+        limited = f"; {wants} would be needed, and {limit} is {after}"
+    elif wants < after == least:
         limited = f"; minReplicas is {scaling.min_replicas}"
     if after > before:
         known = "" if pace is None else f", and a projector folds about {pace:.0f} a second"
         why = (
-            f"{look.lag} events wait and {coming:.1f} come a second{known} (targetDrainSeconds: "
+            f"{look.lag} events wait, {coming:.1f} a second come besides{known} (targetDrainSeconds: "
             f"{scaling.target_drain_seconds}){limited}"
         )
         return Change(after, "EventsWait", why)
     if before > most:
-        return Change(after, "Limits", f"no more are allowed or useful{limited}")
+        return Change(after, "Limits", f"no more than {most} are allowed and useful")
     quiet = f"for {scaling.stabilization_window_seconds} s"
     if after == 0:
         return Change(after, "NothingToDo", f"no event came {quiet}")
