@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
-from refold_operator import autoscaling
+from refold_operator import autoscaler, autoscaling
 from refold_operator.autoscaling import Look, Memory
 from refold_operator.resources import Projectors, ProjectorScaling
 
@@ -291,3 +291,20 @@ def test_what_is_decided_is_told_with_its_numbers() -> None:
 )
 def test_zero_replicas_stop_folding_whatever_is_scaled(spec: dict[str, Any], seen: bool) -> None:
     assert (Projectors.model_validate(spec).scaling is not None) == seen
+
+
+def test_each_change_that_a_status_tells_is_an_event_once() -> None:
+    def status(**replicas: int) -> dict[str, Any]:
+        entries = [
+            {"version": version, "desiredReplicas": count, "reason": "EventsWait", "message": "12 events wait"}
+            for version, count in replicas.items()
+        ]
+        return {"autoscaling": entries} if entries else {}
+
+    assert autoscaler.told(status(a=1, b=3), status(a=4, b=0)) == [
+        ("ScaledUp", "projectors of version a from 1 to 4: 12 events wait"),
+        ("ScaledDown", "projectors of version b from 3 to 0: 12 events wait"),
+    ]
+    for before in (status(), status(a=4), status(b=1)):
+        assert autoscaler.told(before, status(a=4)) == []
+    assert autoscaler.told(status(a=4), status()) == []
