@@ -89,6 +89,8 @@ async def test_claiming_twice_changes_nothing(database: str) -> None:
         assert await catalog.list_streams(conn) == [stream] == [await catalog.get_stream(conn, "shop", "orders")]
         assert await catalog.get_stream(conn, "shop", "other") is None
         assert await catalog.stream_heads(conn) == {stream.stream: {0: 0, 1: 0, 2: 0}}
+        heads = await catalog.heads_of(conn, [stream.incarnation, "gone"])
+        assert heads == {(stream.incarnation, partition): 0 for partition in range(3)}
 
 
 async def test_a_stream_becomes_active_with_its_topic_and_stays_so_when_claimed_again(database: str) -> None:

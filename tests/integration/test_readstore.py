@@ -9,7 +9,7 @@ from psycopg import AsyncConnection
 from psycopg.conninfo import make_conninfo
 from refold import names
 from refold.projection.definition import Column, Definition, FoldRule, StreamRef, VersionDefinition
-from refold.projection.readstore import ConflictError, NotFoundError, postgres
+from refold.projection.readstore import Applied, ConflictError, NotFoundError, postgres
 
 ORDERS = {"namespace": "shop", "name": "order-status"}
 SCHEMA = "shop.order-status.read"
@@ -45,6 +45,10 @@ async def login(admin: AsyncConnection[Any], part: str, password: str) -> AsyncC
     return await AsyncConnection.connect(dsn, autocommit=True)
 
 
+def place(row: Applied) -> tuple[str, int]:
+    return row.place
+
+
 async def make(admin: AsyncConnection[Any], version: str = V1, **options: Any) -> None:
     await postgres.claim_projection(admin, **ORDERS, uid="u1")
     await postgres.ensure_version(admin, **ORDERS, version=version, definition=version_definition(**options))
@@ -57,6 +61,34 @@ async def test_the_first_version_goes_live_at_once_and_later_ones_do_not(admin: 
     assert status.live == V1
     assert [(version.version, version.live) for version in status.versions.values()] == [(V1, True), (V2, False)]
     assert [(p.partition, p.position, p.head) for p in status.versions[V2].partitions] == [(0, 0, 0), (1, 0, 0)]
+
+
+async def test_how_far_many_projections_are_is_one_answer_without_those_that_are_not_there(
+    admin: AsyncConnection[Any],
+) -> None:
+    asked = [("shop", "order-status"), ("shop", "gone"), ("shop", "customers")]
+    assert await postgres.applied(admin, asked) == {}
+    await make(admin, V1)
+    await make(admin, V2)
+    await postgres.claim_projection(admin, namespace="shop", name="customers", uid="u2")
+    await admin.execute(f'update "{SCHEMA}".positions set position = 4, head = 7 where partition = 1')
+    await admin.execute(f"update \"{SCHEMA}\".positions set stopped = 'no' where partition = 0 and version = '{V2}'")
+    await admin.execute(
+        f'insert into "{SCHEMA}".parked (version, incarnation, partition, position, subject, error) '
+        f"values ('{V1}', '', 0, 1, 'a', 'bad')"
+    )
+    found = await postgres.applied(admin, asked)
+    assert list(found) == [("shop", "order-status")]
+    status = await postgres.status(admin, **ORDERS)
+    assert {version: sorted(each, key=place) for version, each in found["shop", "order-status"].items()} == {
+        version: sorted(each.applied, key=place) for version, each in status.versions.items()
+    }
+    first, second = sorted(found["shop", "order-status"][V1], key=place)
+    assert (first.position, first.stopped, first.parked) == (0, False, True)
+    assert (second.place, second.position, second.head) == (("0" * 16, 1), 4, 7)
+    assert [(each.stopped, each.parked) for each in sorted(found["shop", "order-status"][V2], key=place)] == [
+        (True, False), (False, False),
+    ]  # fmt: skip
 
 
 async def test_everything_can_be_repeated_and_run_twice_at_once(admin: AsyncConnection[Any]) -> None:
