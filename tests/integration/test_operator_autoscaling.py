@@ -10,7 +10,6 @@ from typing import Any
 
 import psycopg
 import pytest
-import yaml
 
 from hack.servers import Kafka, Postgres
 from tests.integration.kubernetes_api import ApiServer
@@ -18,7 +17,6 @@ from tests.integration.test_operator_process import (
     Operator,
     Positions,
     api,
-    becomes,
     event_stream,
     live,
     projection,
@@ -187,17 +185,3 @@ def test_query_services_are_scaled_by_an_autoscaler_that_goes_with_the_wish_for_
     api.apply(projection(namespace, query={"replicas": 3}))
     until(lambda: autoscalers() == [])
     until(lambda: query()["spec"]["replicas"] == 3)
-
-
-def test_without_autoscaling_others_scale_a_projection(api: ApiServer, namespace: str) -> None:
-    api.apply(event_stream(namespace, partitions=4), projection(namespace))
-    until(lambda: serves(api, namespace))
-    path = f"/apis/refold.dev/v1alpha1/namespaces/{namespace}/projections/status/scale"
-    scale = yaml.safe_load(api.kubectl("get", "--raw", path))
-    scale["spec"]["replicas"] = 3
-    api.kubectl("replace", "--raw", path, "-f", "-", stdin=yaml.safe_dump(scale))  # as an autoscaler does
-    projector = f"status-projector-{live(api, namespace)}"
-    until(lambda: api.get("deployment", projector, "-n", namespace)["spec"]["replicas"] == 3, seconds=10)
-    api.kubectl("label", "projection", "status", "look=again", "-n", namespace)
-    becomes(api, "projection", namespace, "status", "False", "ProjectorStarting")
-    assert api.get("projection", "status", "-n", namespace)["spec"]["projector"]["replicas"] == 3

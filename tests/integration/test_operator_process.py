@@ -656,6 +656,9 @@ def test_scaling_a_projection_scales_its_projectors(api: ApiServer, namespace: s
     until(lambda: api.get("deployment", projector, "-n", namespace)["spec"]["replicas"] == 2, seconds=10)
     until(lambda: serves(api, namespace))
     until(lambda: api.get("projection", "status", "-n", namespace)["status"]["replicas"] == 2)
+    found = api.get("projection", "status", "-n", namespace)
+    assert found["spec"]["projector"]["replicas"] == 2, "the operator leaves it to whoever scales"
+    assert "autoscaling" not in found["status"]
 
 
 class Positions:
