@@ -7,7 +7,7 @@ topic and whether it is ours to touch is decided by `plan_topic`, a pure functio
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import psycopg
 import structlog
@@ -24,7 +24,7 @@ from refold_operator.cluster import Cluster, RefusedError, covers
 from refold_operator.errors import ForbiddenError, ReconcileError, UnreachableError
 from refold_operator.kafka import Kafka, Topic, TopicExistsError, TopicRefusedError
 from refold_operator.resources import TAKE_OVER_ANNOTATION, EventStream
-from refold_operator.status import Condition, Status
+from refold_operator.status import Condition, Status, find
 from refold_operator.store import Store
 
 _log = structlog.get_logger(__name__)
@@ -130,11 +130,7 @@ def plan_topic(
             "delete it, and it is made and filled from history again",
         )
     if not recorded and not just_made:
-        return Refuse(
-            "TopicConflict",
-            f"the topic {name} exists and wasn't made for this EventStream; choose another spec.topic.name, or delete "
-            "the topic if nobody needs it",
-        )
+        return Refuse("TopicConflict", _foreign(name))
     if topic.partitions < stream.spec.partitions:
         return Refuse(
             "TopicConflict",
@@ -146,7 +142,7 @@ def plan_topic(
     }
     changes |= {config: None for config in topic.config if config in CONFIGURABLE and config not in wanted}
     extra = topic.partitions - stream.spec.partitions
-    note = f"; the topic has {extra} more partitions, which are never used" if extra else ""
+    note = f"the topic {name} has {extra} more partitions, which are never used" if extra else ""
     return Keep(changes, note)
 
 
@@ -184,7 +180,7 @@ class Result:
         status: the status without conditions and generation.
         failed: whether a condition is false, so that it has to be tried again.
         again: seconds until the next try, None for the usual back-off or resync.
-        found: what was found changed by someone else and put right, for an Event.
+        found: what was found changed by someone else, and put right where it could be, for an Event.
     """
 
     conditions: list[Condition]
@@ -224,10 +220,11 @@ async def reconcile(
             stream, claim, store=store, kafka=kafka, default_replicas=default_replicas, event_bytes=event_bytes
         )
         readers, more = await _access(stream, access=access, cluster=cluster)
-        found = "; ".join(filter(None, (found, more)))
+        found = "; ".join(filter(None, (found, _news(stream, note), more)))
         topic = Condition(
-            "TopicReady", "True", "Applied", f"the topic {topic_name(stream)} is as specified{note}{readers}"
-        )
+            "TopicReady", "True", "Applied",
+            "; ".join(filter(None, (f"the topic {topic_name(stream)} is as specified", note, readers))),
+        )  # fmt: skip
         with _store_errors():
             # before the first append, and while Ready is still of the former generation
             claim = await store.set_event_types(claim, event_types(stream))
@@ -244,9 +241,24 @@ async def reconcile(
                 stored = _stored(claim)
         else:
             stored = failure
+            topic = topic if topic.status == "True" else _as_last_seen(stream, topic)
         ready = Condition("Ready", "False", error.reason, error.message)
         again = error.retry_after
     return Result([ready, topic, stored], status, failed=ready.status != "True", again=again, found=found)
+
+
+def _news(stream: EventStream, note: str) -> str:
+    """Return a note about the topic that the status doesn't tell yet."""
+    former = find(stream.status, "TopicReady")
+    return note if former is None or note not in former["message"] else ""
+
+
+def _as_last_seen(stream: EventStream, unseen: Condition) -> Condition:
+    """Return a condition that this run didn't get to, as a former one of the same generation left it."""
+    former = find(stream.status, unseen.type)
+    if former is None or former["observedGeneration"] != stream.metadata.generation:
+        return unseen
+    return Condition(unseen.type, former["status"], former["reason"], former["message"])
 
 
 def _stored(claim: Stream) -> Condition:
@@ -277,6 +289,7 @@ async def _topic(
         former = stream.metadata.annotations.get(TAKE_OVER_ANNOTATION)
         if claim is not None and former and claim.uid == former != stream.metadata.uid:
             await store.release(claim)
+        first = claim is None
         if claim is None or (claim.uid, claim.kafka_cluster) != (stream.metadata.uid, cluster):
             claim = await store.claim(
                 namespace=stream.metadata.namespace, name=stream.metadata.name, uid=stream.metadata.uid,
@@ -293,6 +306,8 @@ async def _topic(
             try:
                 await kafka.create(name, partitions=plan.partitions, replicas=plan.replicas, config=plan.config)
             except TopicExistsError:
+                if first:
+                    await _unclaim(stream, claim, store)
                 _log.info("topic isn't known to all brokers yet", topic=name)
             topic = await kafka.topic(name)
         if lost:
@@ -311,6 +326,20 @@ async def _topic(
         with _store_errors():
             claim = await store.record_topic(claim, topic.id)
     return claim, plan.note if isinstance(plan, Keep) else "", found
+
+
+async def _unclaim(stream: EventStream, claim: Stream, store: Store) -> NoReturn:
+    """Give up a claim of a moment ago: somebody else, such as another installation, made the topic meanwhile."""
+    with _store_errors():
+        await store.drop(namespace=claim.namespace, name=claim.name, uid=stream.metadata.uid)
+    raise ReconcileError("TopicReady", "TopicConflict", _foreign(claim.topic))
+
+
+def _foreign(topic: str) -> str:
+    return (
+        f"the topic {topic} exists and wasn't made for this EventStream; choose another spec.topic.name, or delete the "
+        "topic if nobody needs it"
+    )
 
 
 async def _access(stream: EventStream, *, access: Access, cluster: Cluster) -> tuple[str, str]:
@@ -334,7 +363,7 @@ async def _access(stream: EventStream, *, access: Access, cluster: Cluster) -> t
             _log.info("applied", kind="Secret", namespace=namespace, name=name)
             if known is not None and children.same_wish(known, secret):
                 found = "; ".join(filter(None, (found, f"put back the Secret {name}")))
-    return f"; the Secret {name} lets read it", found
+    return f"the Secret {name} lets read it", found
 
 
 async def finalize(stream: EventStream, *, store: Store, kafka: Kafka, access: Access) -> None:

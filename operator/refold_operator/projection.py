@@ -47,7 +47,7 @@ from refold_operator.pace import Paces
 from refold_operator.readstore import ReadStore
 from refold_operator.redis import NO_REDIS, RedisReadStore, RedisReadStores
 from refold_operator.resources import REBUILD_ANNOTATION, TAKE_OVER_ANNOTATION, Projection
-from refold_operator.status import Condition, ConditionStatus, Status
+from refold_operator.status import Condition, ConditionStatus, Status, find
 from refold_operator.store import Store
 
 _log = structlog.get_logger(__name__)
@@ -56,6 +56,8 @@ _log = structlog.get_logger(__name__)
 PASSING = frozenset({"StreamNotReady", "Installing", "ProcessesEnding", "AsOfNotPassed", "ReadModelInUse"})
 #: The reason where a swap or a deletion waits for who reads in SQL.
 _BUSY = "ReadModelInUse"
+#: The reason where the read store doesn't answer.
+_AWAY = "ReadStoreUnreachable"
 #: Seconds until a version that is being built is looked at again.
 _BUILDING_SECONDS = 2.0
 #: Seconds until a version with events to fold is looked at again.
@@ -145,8 +147,9 @@ async def reconcile(projection: Projection, around: Surroundings) -> Result:
     target: str | None = None
     found: list[str] = []
     problem: ReconcileError | None = None
-    state = ProjectionStatus(live=None, versions={})
-    deployments: Mapping[str, Object] = {}
+    state: ProjectionStatus | None = None
+    deployments: Mapping[str, Object] | None = None
+    behind = 0
     try:
         around = await _at_its_readstore(projection, around)
         state = await _claim(projection, around)
@@ -166,6 +169,8 @@ async def reconcile(projection: Projection, around: Surroundings) -> Result:
                 namespace=namespace, name=name, version=version, definition=wanted
             ):
                 _log.info("version made", namespace=namespace, name=name, version=version)
+                if version in state.versions:
+                    found.append(f"the rows of version {version}, which are folded from history again")
             state = await around.readstore.status(namespace=namespace, name=name)
         plan = _plan(projection, version, state, {})
         deployments = await _apply(projection, around, plan.keep, found, state=state)
@@ -173,13 +178,18 @@ async def reconcile(projection: Projection, around: Surroundings) -> Result:
             await around.readstore.try_swap(namespace=namespace, name=name, version=version)
             state = await around.readstore.status(namespace=namespace, name=name)
         await _tell_store(projection, around, state)
+        behind = await _behind(projection, around, state)
         await _drop(projection, around, _plan(projection, version, state, deployments))
     except ReconcileError as error:
         problem = error
-        deployments = deployments or await _look(projection, around)
+        if deployments is None:
+            deployments = await _look(projection, around)
+    if state is None:
+        assert problem is not None, "who has claimed the read model knows its versions"
+        return _unseen(projection, deployments=deployments, problem=problem)
     finished = _finished(projection, state)
     kept = _plan(projection, target, state, {}).keep if problem is None else state.versions.keys()
-    around.autoscaler.see(projection, kept - finished, deployments, around.readstore)
+    around.autoscaler.see(projection, kept - finished, deployments or {}, around.readstore)
     return _result(
         projection,
         target=target,
@@ -187,6 +197,7 @@ async def reconcile(projection: Projection, around: Surroundings) -> Result:
         deployments=deployments,
         problem=problem,
         found=found,
+        behind=behind,
         pace=around.paces.see((namespace, name), _building(projection, target, state)),
         scaling=around.autoscaler.status(projection, state.live),
     )
@@ -251,6 +262,24 @@ async def _tell_store(projection: Projection, around: Surroundings, state: Proje
         await around.store.set_definition(
             namespace=namespace, name=name, uid=uid, version=state.live, definition=made[state.live].to_json()
         )
+
+
+async def _behind(projection: Projection, around: Surroundings, state: ProjectionStatus) -> int:
+    """Return how many events of the store the live version's projectors have still to fold, seen by them or not."""
+    live = state.versions.get(state.live) if state.live is not None else None
+    if live is None or projection.spec.as_of is not None or not projection.spec.projector.replicas:
+        return 0
+    with _readstore_errors():
+        made = await around.readstore.definitions(
+            namespace=projection.metadata.namespace, name=projection.metadata.name
+        )
+    if live.version not in made:
+        return 0
+    heads = 0
+    for stream in await _readable(around, made[live.version].streams):
+        with _store_errors():
+            heads += await around.store.events(stream)
+    return max(0, heads - live.position)
 
 
 async def _at_its_readstore(projection: Projection, around: Surroundings) -> Surroundings:
@@ -576,14 +605,14 @@ async def _drop(projection: Projection, around: Surroundings, plan: Versions) ->
         _log.info("version dropped", namespace=namespace, name=name, version=former)
 
 
-async def _look(projection: Projection, around: Surroundings) -> dict[str, Object]:
-    """Return the Deployments as they are, to tell what serves although something failed; empty if that fails, too."""
+async def _look(projection: Projection, around: Surroundings) -> dict[str, Object] | None:
+    """Return the Deployments as they are, to tell what serves although something failed; None if that fails, too."""
     try:
         found = await around.cluster.list(
             "Deployment", projection.metadata.namespace, selector=_children_of(projection)
         )
     except (UnreachableError, cluster.RefusedError):
-        return {}
+        return None
     return {child["metadata"]["name"]: child for child in found}
 
 
@@ -592,28 +621,34 @@ def _result(
     *,
     target: str | None,
     state: ProjectionStatus,
-    deployments: Mapping[str, Object],
+    deployments: Mapping[str, Object] | None,
     problem: ReconcileError | None,
     found: Sequence[str],
+    behind: int,
     pace: float | None,
     scaling: Sequence[Status],
 ) -> Result:
     """Make conditions and status of what was found. Pure.
 
-    `pace` is the build's, in events a second; `scaling` what was decided about the versions' projectors.
+    `behind`: events that the live version's projectors have still to fold; `pace`: the build's, in events a second;
+    `scaling`: what was decided about the versions' projectors.
     """
     live = state.versions.get(state.live) if state.live is not None else None
     building = _building(projection, target, state)
     name = projection.metadata.name
-    query = deployments.get(names.query_name(name))
-    projector = deployments.get(names.projector_name(name, state.live)) if state.live is not None else None
-    available = _available(projection, live, query)
-    builder = deployments.get(names.projector_name(name, building.version)) if building is not None else None
+    there = deployments or {}
+    query = there.get(names.query_name(name))
+    projector = there.get(names.projector_name(name, state.live)) if state.live is not None else None
+    away = problem if problem is not None and problem.reason == _AWAY else None
+    available = _available(projection, live.version if live else None, deployments, away)
+    builder = there.get(names.projector_name(name, building.version)) if building is not None else None
     failing = _failing(building, live, builder)
     ready = _ready(projection, target, live, available, projector, problem, failing)
     progressing = _progressing(building, [query, projector], problem, failing)
     degraded = _degraded(live, problem, failing)
     status: Status = {"url": children.url(projection), "parked": 0, "replicas": 0}
+    if deployments is None:
+        status["replicas"] = projection.status.get("replicas", 0)
     if live is not None:
         status["live"] = {"version": live.version}
         status["lag"] = {"events": live.lag_events, "seconds": round(live.lag_seconds, 1)}
@@ -641,7 +676,8 @@ def _result(
         again = _BUILDING_SECONDS
     elif ready.status != "True" or progressing.status == "True":
         again = _STARTING_SECONDS
-    elif live is not None and live.lag_events:
+    elif behind or (live is not None and live.lag_events):
+        # Nothing else tells when they are folded, or set aside.
         again = _LAGGING_SECONDS
     if previous is not None and problem is None:
         left = max(1.0, _left(previous, projection.spec.keep_previous))
@@ -652,6 +688,29 @@ def _result(
         failed=problem is not None,
         again=again,
         found=f"put back what was changed or deleted: {', '.join(found)}" if found else "",
+    )
+
+
+def _unseen(projection: Projection, *, deployments: Mapping[str, Object] | None, problem: ReconcileError) -> Result:
+    """Make conditions and status where nobody could look at the versions: what was last known of them stays. Pure."""
+    known = {
+        name: value for name, value in projection.status.items() if name not in ("conditions", "observedGeneration")
+    }
+    status: Status = {"url": children.url(projection), "parked": 0, "replicas": 0, **known}
+    live = known.get("live", {}).get("version")
+    if deployments is not None and live is not None:
+        projector = deployments.get(names.projector_name(projection.metadata.name, live), {})
+        status["replicas"] = projector.get("status", {}).get("replicas", 0)
+    return Result(
+        [
+            Condition("Ready", "False", problem.reason, problem.message),
+            _available(projection, live, deployments, problem),
+            _progressing(None, [], problem, None),
+            _degraded(None, problem, None),
+        ],
+        status,
+        failed=True,
+        again=problem.retry_after,
     )
 
 
@@ -697,14 +756,33 @@ def _failing(building: VersionStatus | None, live: VersionStatus | None, builder
     return None
 
 
-def _available(projection: Projection, live: VersionStatus | None, query: Object | None) -> Condition:
+def _available(
+    projection: Projection, live: str | None, deployments: Mapping[str, Object] | None, away: ReconcileError | None
+) -> Condition:
+    """Tell whether the version `live` serves; `away` says why nobody can ask the read store now."""
+    if deployments is None:
+        # Nobody could look at the processes either.
+        former = find(projection.status, "Available")
+        if former is not None:
+            return Condition("Available", former["status"], former["reason"], former["message"])
+        return Condition("Available", "Unknown", "NotSeen", "nobody could look yet; Ready says why")
     if live is None:
+        if away is not None:
+            message = f"no version of the read model is known of: {away.message}"
+            return Condition("Available", "False", away.reason, message)
         return Condition("Available", "False", "NoVersion", "no version of the read model was made yet")
     if projection.spec.query.replicas == 0:
         return Condition("Available", "False", "ScaledToZero", "spec.query.replicas is 0")
-    if query is None or not query.get("status", {}).get("availableReplicas", 0):
+    query = deployments.get(names.query_name(projection.metadata.name), {})
+    if not query.get("status", {}).get("availableReplicas", 0):
+        if away is not None:
+            message = f"no process of the query service is ready: {away.message}"
+            return Condition("Available", "False", away.reason, message)
         return Condition("Available", "False", "QueryStarting", "no process of the query service is ready yet")
-    return Condition("Available", "True", "Serving", f"version {live.version} serves")
+    if away is not None:
+        message = f"version {live} serves, as far as is known: {away.message}"
+        return Condition("Available", "True", away.reason, message)
+    return Condition("Available", "True", "Serving", f"version {live} serves")
 
 
 def _ready(
@@ -839,9 +917,9 @@ def _readstore_errors() -> Iterator[None]:
     try:
         yield
     except UnreachableError as error:
-        raise ReconcileError("Ready", "ReadStoreUnreachable", str(error)) from error
+        raise ReconcileError("Ready", _AWAY, str(error)) from error
     except UnavailableError as error:
-        raise ReconcileError("Ready", "ReadStoreUnreachable", f"the read store: {error}") from error
+        raise ReconcileError("Ready", _AWAY, f"the read store: {error}") from error
     except BusyError as error:
         raise ReconcileError("Ready", _BUSY, str(error), retry_after=_STARTING_SECONDS) from error
     except ConflictError as error:

@@ -11,6 +11,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 REBUILD_ANNOTATION = "refold.dev/rebuild"
 #: Its value is the UID of a former resource of the same name, gone without the operator; its data is taken over.
 TAKE_OVER_ANNOTATION = "refold.dev/take-over"
+#: Where its value is anything but false, the operator leaves the resource alone, as with `spec.paused`.
+PAUSED_ANNOTATION = "refold.dev/paused"
+#: Where its value is true, a deletion doesn't wait for a backend that can't be reached: what stands there stays.
+LET_GO_ANNOTATION = "refold.dev/let-go"
 FINALIZER = "refold.dev/finalizer"
 
 DeletionPolicy = Literal["Retain", "Delete"]
@@ -53,6 +57,12 @@ class Metadata(_Model):
     deletion_timestamp: str | None = Field(default=None, alias="deletionTimestamp")
 
 
+class Spec(_Model):
+    """What the specs of both kinds have."""
+
+    paused: bool = False
+
+
 class Topic(_Model):
     """`spec.topic` of an EventStream."""
 
@@ -68,7 +78,7 @@ class EventType(_Model):
     json_schema: Any = Field(default=True, alias="schema")
 
 
-class EventStreamSpec(_Model):
+class EventStreamSpec(Spec):
     """`spec` of an EventStream."""
 
     partitions: int
@@ -149,7 +159,7 @@ class ReadStoreChoice(_Model):
     connection_ref: SecretReference | None = Field(default=None, alias="connectionRef")
 
 
-class ProjectionSpec(_Model):
+class ProjectionSpec(Spec):
     """The parts of a Projection's `spec` that aren't its definition (`refold.projection.definition` has that)."""
 
     streams: list[str]
@@ -187,3 +197,22 @@ def projection(body: Mapping[str, Any]) -> Projection:
         pydantic.ValidationError: the object isn't one that the CRD lets pass.
     """
     return Projection.model_validate({**body, "definition": body.get("spec", {})})
+
+
+def why_paused(resource: EventStream | Projection) -> str | None:
+    """Return what keeps the operator from a resource, `spec.paused` or the annotation; None where nothing does."""
+    if resource.spec.paused:
+        return "spec.paused is true"
+    value = resource.metadata.annotations.get(PAUSED_ANNOTATION, "false")
+    return None if value == "false" else f"the annotation {PAUSED_ANNOTATION} is {value or 'there'}"
+
+
+def may_let_go(resource: EventStream | Projection) -> bool:
+    """Tell whether its deletion goes on without a backend that can't be reached."""
+    return resource.metadata.annotations.get(LET_GO_ANNOTATION) == "true"
+
+
+def retained(resource: EventStream | Projection) -> EventStream | Projection:
+    """Return the resource with `deletionPolicy: Retain`, whatever it says."""
+    spec = resource.spec.model_copy(update={"deletion_policy": "Retain"})
+    return resource.model_copy(update={"spec": spec})

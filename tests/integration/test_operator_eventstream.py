@@ -41,6 +41,20 @@ async def store(database: str) -> AsyncIterator[Store]:
     await opened.close()
 
 
+@pytest.fixture
+async def other_store(postgres: Postgres) -> AsyncIterator[Store]:
+    """The store of another installation."""
+    name = f"other_{next(_numbers)}"
+    with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
+        connection.execute(f"create database {name}")
+    opened = Database(postgres.dsn(name), "event store")
+    await opened.open()
+    store = Store(opened)
+    await store.install(KEY)
+    yield store
+    await opened.close()
+
+
 @pytest.fixture(scope="session")
 def topics(kafka: KafkaServer) -> Kafka:
     return Kafka(Brokers(Settings(kafka_bootstrap=kafka.bootstrap)))
@@ -53,7 +67,11 @@ def name() -> str:
 
 
 def resource(name: str, *, uid: str = "u-1", **spec: Any) -> resources.EventStream:
-    metadata = {"namespace": "shop", "name": name, "uid": uid, "generation": 1, "resourceVersion": "1"}
+    return named("shop", name, uid=uid, **spec)
+
+
+def named(namespace: str, name: str, *, uid: str, **spec: Any) -> resources.EventStream:
+    metadata = {"namespace": namespace, "name": name, "uid": uid, "generation": 1, "resourceVersion": "1"}
     return resources.event_stream({"metadata": metadata, "spec": {"partitions": 3, **spec}})
 
 
@@ -302,6 +320,46 @@ async def test_two_resources_with_one_topic_are_told_apart(store: Store, topics:
     thief = resource(f"{name}-thief", uid="u-2", topic={"name": f"shop.{name}"})
     assert ready(await reconcile(thief, store, topics)) == ("False", "TopicConflict")
     assert await store.stream("shop", f"{name}-thief") is None
+
+
+async def test_of_two_installations_on_one_kafka_the_first_keeps_the_topic(
+    store: Store, other_store: Store, kafka: KafkaServer, topics: Kafka, name: str
+) -> None:
+    stream = resource(name, deletionPolicy="Delete")
+    assert ready(await reconcile(stream, store, topics)) == ("True", "Active")
+    assert ready(await reconcile(stream, other_store, topics)) == ("False", "TopicConflict")
+    assert await other_store.stream("shop", name) is None
+    await eventstream.finalize(stream, store=other_store, kafka=topics, access=UNMANAGED)
+    assert await topics.topic(f"shop.{name}") is not None
+
+    class Late(Kafka):
+        """Another installation makes the topic after this one has looked."""
+
+        async def create(self, name: str, **made: Any) -> None:
+            assert ready(await reconcile(other, other_store, topics)) == ("True", "Active")
+            await super().create(name, **made)
+
+    ours, other = (resource(f"{name}-late", uid=uid, deletionPolicy="Delete") for uid in ("u-1", "u-2"))
+    late = Late(Brokers(Settings(kafka_bootstrap=kafka.bootstrap)))
+    for _ in range(2):
+        assert ready(await reconcile(ours, store, late)) == ("False", "TopicConflict")
+    assert await store.stream("shop", f"{name}-late") is None
+    await eventstream.finalize(ours, store=store, kafka=topics, access=UNMANAGED)
+    assert await topics.topic(f"shop.{name}-late") is not None
+    assert ready(await reconcile(other, other_store, topics)) == ("True", "Active")
+
+
+async def test_names_that_would_collide_when_joined_stay_apart(store: Store, topics: Kafka, name: str) -> None:
+    pairs = [("shop-eu", f"orders-{name}"), ("shop", f"eu-orders-{name}")]
+    streams = [named(namespace, each, uid=namespace, deletionPolicy="Delete") for namespace, each in pairs]
+    for stream in streams:
+        assert ready(await reconcile(stream, store, topics)) == ("True", "Active")
+    for namespace, each in pairs:
+        claim = await store.stream(namespace, each)
+        assert claim is not None
+        assert (claim.uid, claim.topic, claim.schema) == (namespace, f"{namespace}.{each}", f"{namespace}.{each}")
+    await eventstream.finalize(streams[0], store=store, kafka=topics, access=UNMANAGED)
+    assert ready(await reconcile(streams[1], store, topics)) == ("True", "Active")
 
 
 async def test_the_history_of_another_uid_is_taken_over_only_when_told(store: Store, topics: Kafka, name: str) -> None:

@@ -25,6 +25,14 @@ import psycopg
 import pytest
 import redis
 import yaml
+from confluent_kafka.admin import (
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    NewPartitions,
+    ResourceType,
+)
 from kubernetes.aio import client, config
 from refold_operator.cluster import Cluster
 from refold_operator.delegation import Account, Delegation
@@ -215,18 +223,30 @@ def until(look: Callable[[], T], *, seconds: float = 60) -> T:
         time.sleep(0.1)
 
 
+def condition(api: ApiServer, kind: str, namespace: str, name: str, type_: str) -> dict[str, Any]:
+    """Return a condition; of the current generation, else a failed assertion."""
+    found = api.get(kind, name, "-n", namespace)
+    one: dict[str, Any]
+    (one,) = (each for each in found["status"]["conditions"] if each["type"] == type_)
+    assert one["observedGeneration"] == found["metadata"]["generation"]
+    return one
+
+
 def ready(api: ApiServer, kind: str, namespace: str, name: str) -> tuple[str, str]:
     """Return status and reason of Ready; of the current generation, else a failed assertion."""
-    found = api.get(kind, name, "-n", namespace)
-    (condition,) = (each for each in found["status"]["conditions"] if each["type"] == "Ready")
-    assert condition["observedGeneration"] == found["metadata"]["generation"]
-    return condition["status"], condition["reason"]
+    found = condition(api, kind, namespace, name, "Ready")
+    return found["status"], found["reason"]
 
 
 def becomes(
     api: ApiServer, kind: str, namespace: str, name: str, status: str, reason: str, *, seconds: float = 60
 ) -> None:
     until(lambda: ready(api, kind, namespace, name) == (status, reason), seconds=seconds)
+
+
+def told(api: ApiServer, namespace: str, reason: str) -> list[str]:
+    """Return the messages of the Events of a reason."""
+    return [event["message"] for event in api.get("events", "-n", namespace)["items"] if event["reason"] == reason]
 
 
 def roll_out(api: ApiServer, namespace: str) -> None:
@@ -626,14 +646,44 @@ def test_changed_and_deleted_children_are_put_back(api: ApiServer, namespace: st
     until(lambda: "status-query" in names(api, "services", namespace), seconds=10)
     until(lambda: api.get("secret", projector, "-n", namespace)["data"] == secret, seconds=10)
     until(lambda: api.get("deployment", "status-query", "-n", namespace)["spec"]["replicas"] == 1, seconds=10)
-    events = until(
-        lambda: [
-            event["message"]
-            for event in api.get("events", "-n", namespace)["items"]
-            if event["reason"] == "DriftCorrected"
-        ]
-    )
-    assert any("status" in message for message in events)
+    assert any("status" in message for message in until(lambda: told(api, namespace, "DriftFound")))
+
+
+def catalog(operator: Operator, namespace: str) -> dict[str, str]:
+    """Return the states of a namespace's streams."""
+    with psycopg.connect(operator.admin[operator.store]) as connection:
+        query = "select name, state from refold.streams where namespace = %s"
+        return dict(connection.execute(query, [namespace]).fetchall())
+
+
+def test_a_topic_that_someone_changes_or_deletes_is_found_by_the_resync_and_told(
+    api: ApiServer, operator: Operator, namespace: str, kafka: Kafka
+) -> None:
+    api.apply(event_stream(namespace, topic={"config": {"retention.ms": "86400000"}}))
+    becomes(api, "eventstream", namespace, "orders", "True", "Active")
+    admin, topic = AdminClient({"bootstrap.servers": kafka.bootstrap}), f"{namespace}.orders"
+
+    def said(text: str) -> bool:
+        return any(text in message for message in told(api, namespace, "DriftFound"))
+
+    operator.restart(REFOLD_RESYNC_SECONDS="1")
+    try:
+        shorter = [ConfigEntry("retention.ms", "5", incremental_operation=AlterConfigOpType.SET)]
+        resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=shorter)
+        admin.incremental_alter_configs([resource])[resource].result()
+        until(lambda: said(f"configured the topic {topic}: retention.ms"))
+        admin.create_partitions([NewPartitions(topic, 4)])[topic].result()
+        until(lambda: said(f"the topic {topic} has 2 more partitions, which are never used"))
+        assert "2 more" in condition(api, "eventstream", namespace, "orders", "TopicReady")["message"]
+        looked = operator.metric("refold_reconciliations_total")
+        until(lambda: operator.metric("refold_reconciliations_total") >= looked + 3)
+        assert len([message for message in told(api, namespace, "DriftFound") if "2 more" in message]) == 1
+        admin.delete_topics([topic])[topic].result()
+        until(lambda: said(f"the topic {topic} was gone and has been made again"))
+        becomes(api, "eventstream", namespace, "orders", "True", "Active")
+        assert "2 more" not in condition(api, "eventstream", namespace, "orders", "TopicReady")["message"]
+    finally:
+        operator.restart()
 
 
 def test_an_object_of_someone_else_is_not_taken_over(api: ApiServer, namespace: str) -> None:
@@ -1169,18 +1219,93 @@ def test_nothing_secret_is_in_the_log(operator: Operator) -> None:
     assert "Traceback" not in operator.log
 
 
+def test_a_read_models_rows_that_someone_drops_are_folded_again_and_told(
+    api: ApiServer, namespace: str, positions: Positions
+) -> None:
+    api.apply(event_stream(namespace), projection(namespace))
+    until(lambda: serves(api, namespace))
+    version = live(api, namespace)
+    positions.reach(version, 7)
+    positions.execute("drop table {schema}.rows_" + version + " cascade")
+    api.kubectl("label", "projection", "status", "look=again", "-n", namespace)
+    until(lambda: any(f"the rows of version {version}" in text for text in told(api, namespace, "DriftFound")))
+    assert positions.versions() == {version}
+    assert positions.execute("select sum(position) from {schema}.positions") == [(0,)]
+
+
+def test_what_is_paused_is_left_alone_and_goes_without_losing_anything(
+    api: ApiServer, operator: Operator, namespace: str, positions: Positions
+) -> None:
+    api.apply(event_stream(namespace, "new", paused=True, deletionPolicy="Delete"))
+    api.apply(event_stream(namespace, deletionPolicy="Delete"), projection(namespace))
+    until(lambda: serves(api, namespace))
+    projector = f"status-projector-{live(api, namespace)}"
+    before = api.get("projection", "status", "-n", namespace)["status"]
+    api.apply(event_stream(namespace, deletionPolicy="Delete", paused=True))
+    api.kubectl("annotate", "projection", "status", "refold.dev/paused=true", "-n", namespace)
+    for kind, name in (("eventstream", "new"), ("eventstream", "orders"), ("projection", "status")):
+        becomes(api, kind, namespace, name, "Unknown", "Paused")
+    after = api.get("projection", "status", "-n", namespace)["status"]
+    assert {name: value for name, value in after.items() if name not in ("conditions", "lag")} == {
+        name: value for name, value in before.items() if name not in ("conditions", "lag")
+    }
+    assert condition(api, "projection", namespace, "status", "Available")["status"] == "True"
+    assert catalog(operator, namespace) == {"orders": "active"}
+
+    api.kubectl("delete", "deployment", projector, "-n", namespace)
+    api.apply(changed(namespace))
+    becomes(api, "projection", namespace, "status", "Unknown", "Paused")
+    assert projector not in names(api, "deployments", namespace)
+    assert len(positions.versions()) == 1
+
+    api.kubectl("delete", "eventstreams", "--all", "-n", namespace, "--timeout=30s")
+    assert catalog(operator, namespace) == {"orders": "released"}
+    api.apply(event_stream(namespace, deletionPolicy="Delete"))
+    becomes(api, "eventstream", namespace, "orders", "True", "Active")
+    api.kubectl("annotate", "projection", "status", "refold.dev/paused-", "-n", namespace)
+    until(lambda: projector in names(api, "deployments", namespace))
+    until(lambda: len(positions.versions()) == 2)
+
+
+def test_a_deletion_does_not_wait_for_what_is_gone_for_good_once_it_is_told_to_let_go(
+    api: ApiServer, operator: Operator, namespace: str, positions: Positions
+) -> None:
+    api.apply(event_stream(namespace, deletionPolicy="Delete"), projection(namespace))
+    until(lambda: serves(api, namespace))
+    readstore = urlsplit(operator.admin[operator.readstore])
+    nowhere = readstore._replace(netloc=readstore.netloc.replace(f":{readstore.port}", ":1"))
+    operator.restart(REFOLD_KAFKA_BOOTSTRAP="127.0.0.1:1", REFOLD_READSTORE_ADMIN_DSN=nowhere.geturl())
+    try:
+        api.kubectl("delete", "projection", "status", "-n", namespace, "--wait=false")
+        until(lambda: ready(api, "projection", namespace, "status")[1] == "ReadStoreUnreachable")
+        until(lambda: "deletion waits" in condition(api, "projection", namespace, "status", "Ready")["message"])
+        for kind, name in (("projection", "status"), ("eventstream", "orders")):
+            api.kubectl("annotate", kind, name, "refold.dev/let-go=true", "-n", namespace)
+        api.kubectl("delete", "eventstream", "orders", "-n", namespace, "--timeout=90s")
+        api.kubectl("wait", "--for=delete", "projection/status", "-n", namespace, "--timeout=60s")
+    finally:
+        operator.restart()
+    assert len(told(api, namespace, "LetGo")) == 2
+    assert catalog(operator, namespace) == {"orders": "released"}, "what can be reached is let go"
+    assert len(positions.versions()) == 1
+
+
 def test_outages_are_conditions_and_pass(
     api: ApiServer, operator: Operator, namespace: str, postgres: Postgres
 ) -> None:
     api.apply(event_stream(namespace), projection(namespace))
     until(lambda: serves(api, namespace))
+    before = api.get("projection", "status", "-n", namespace)["status"]
     postgres.stop()
     try:
         api.apply(event_stream(namespace, "late"))
         becomes(api, "eventstream", namespace, "late", "False", "StoreUnreachable")
         api.kubectl("annotate", "projection", "status", "look=again", "-n", namespace)
         becomes(api, "projection", namespace, "status", "False", "ReadStoreUnreachable")
-        conditions = api.get("projection", "status", "-n", namespace)["status"]["conditions"]
+        away = api.get("projection", "status", "-n", namespace)["status"]
+        api.kubectl("annotate", "eventstream", "orders", "look=again", "-n", namespace)
+        becomes(api, "eventstream", namespace, "orders", "False", "StoreUnreachable")
+        topic = condition(api, "eventstream", namespace, "orders", "TopicReady")
         assert operator.answers("/healthz")
         for metric in (
             'refold_reconciliations_failed_total{kind="EventStream",reason="StoreUnreachable"}',
@@ -1196,7 +1321,12 @@ def test_outages_are_conditions_and_pass(
         assert any(line["resource"] == f"EventStream {namespace}/late" and line["reconcile"] for line in said)
     finally:
         postgres.start()
-    assert {each["type"]: each["status"] for each in conditions}["Ready"] == "False"
+    (available,) = (each for each in away["conditions"] if each["type"] == "Available")
+    assert (available["status"], available["reason"]) == ("True", "ReadStoreUnreachable"), "its processes still run"
+    assert operator.readstore in available["message"]
+    told = ("live", "lag", "parked", "replicas", "selector", "url")
+    assert {name: away[name] for name in told} == {name: before[name] for name in told}
+    assert (topic["status"], topic["reason"]) == ("True", "Applied"), "nobody could ask whose the topic is"
     becomes(api, "eventstream", namespace, "late", "True", "Active", seconds=90)
     until(lambda: serves(api, namespace), seconds=90)
 

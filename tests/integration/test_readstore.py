@@ -123,6 +123,24 @@ async def test_a_released_read_model_is_taken_back_with_its_rows(admin: AsyncCon
     assert await cursor.fetchall() == [("a",)]
 
 
+async def test_a_version_whose_rows_someone_dropped_is_made_again_from_before_its_first_event(
+    admin: AsyncConnection[Any],
+) -> None:
+    await make(admin, V1)
+    await make(admin, V2)
+    await postgres.ensure_logins(admin, **ORDERS, projector_password="p" * 32, query_password="q" * 32)
+    await admin.execute(f'update "{SCHEMA}".positions set position = 9')
+    assert not await postgres.ensure_version(admin, **ORDERS, version=V1, definition=version_definition())
+    await admin.execute(f'drop table "{SCHEMA}".rows_{V1} cascade')
+    assert await postgres.ensure_version(admin, **ORDERS, version=V1, definition=version_definition())
+    found = await postgres.status(admin, **ORDERS)
+    assert found.live == V1
+    assert [version.position for version in found.versions.values()] == [0, 18], "the other version has its rows"
+    async with await login(admin, "query", "q" * 32) as reader:
+        assert (await (await reader.execute(f'select count(*) from "{SCHEMA}".rows_{V1}')).fetchone()) == (0,)
+    assert (await (await admin.execute(f'select count(*) from "{SCHEMA}".rows')).fetchone()) == (0,)
+
+
 async def test_indexes_follow_the_definition_without_a_new_version(admin: AsyncConnection[Any]) -> None:
     async def indexed() -> list[str]:
         cursor = await admin.execute(

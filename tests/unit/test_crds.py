@@ -125,7 +125,7 @@ def test_printer_columns_show_fields_that_exist() -> None:
 
 
 def test_the_definitions_model_has_the_projections_fields() -> None:
-    own = {"readStore", "projector", "query", "keepPrevious", "ttl", "deletionPolicy"}
+    own = {"readStore", "projector", "query", "keepPrevious", "ttl", "deletionPolicy", "paused"}
     assert set(schema("Projection", "spec")["properties"]) - own == aliases(Definition)
     assert set(schema("Projection", "spec", "columns", "[]")["properties"]) == set(Column.model_fields)
     assert set(schema("Projection", "spec", "fold", "[]")["properties"]) == set(FoldRule.model_fields)
@@ -157,7 +157,7 @@ def test_the_operators_models_have_the_resources_fields() -> None:
         assert {field.alias: field.default for field in scaling.model_fields.values() if not field.is_required()} == {
             name: field["default"] for name, field in fields.items() if "default" in field
         }
-    own = {"readStore", "projector", "query", "keepPrevious", "asOf", "ttl", "deletionPolicy"}
+    own = {"readStore", "projector", "query", "keepPrevious", "asOf", "ttl", "deletionPolicy", "paused"}
     assert aliases(resources.ProjectionSpec) - {"streams"} == own
     store = schema("Projection", "spec", "readStore")
     assert aliases(resources.ReadStoreChoice) == set(store["properties"])

@@ -4,7 +4,7 @@ import base64
 import datetime as dt
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import refold
@@ -14,7 +14,7 @@ from refold import kafka
 from refold.eventstore.catalog import Stream
 from refold.projection.definition import Handler
 from refold.projection.readstore import PartitionStatus, ProjectionStatus, VersionStatus
-from refold_operator import children, credentials, dsn, eventstream, projection, resources
+from refold_operator import children, controller, credentials, dsn, eventstream, projection, resources
 from refold_operator.children import Image
 from refold_operator.cluster import covers
 from refold_operator.errors import ReconcileError
@@ -452,6 +452,7 @@ def outcome(
     deployments: list[dict[str, Any]] | None = None,
     problem: ReconcileError | None = None,
     resource: resources.Projection | None = None,
+    behind: int = 0,
     pace: float | None = None,
 ) -> tuple[dict[str, Condition], projection.Result]:
     state = ProjectionStatus(
@@ -466,6 +467,7 @@ def outcome(
         deployments={each["metadata"]["name"]: each for each in deployments},
         problem=problem,
         found=[],
+        behind=behind,
         pace=pace,
         scaling=[],
     )
@@ -612,6 +614,56 @@ class TestProjectionStatus:
         assert found["Ready"].status == "False"
         found, _ = outcome(resource=owner(query={"replicas": 0}))
         assert found["Available"].reason == "ScaledToZero"
+
+    def test_events_that_no_projector_has_seen_yet_are_looked_for_again_soon(self) -> None:
+        unseen = [version("new", partitions=[partition(position=0, head=0, seen_at=None)])]
+        found, result = outcome(versions=unseen, behind=7)
+        assert found["Ready"].status == "True"
+        assert result.again == 30
+        assert outcome(versions=unseen)[1].again is None
+
+    SERVED: ClassVar = {
+        "url": "http://status-query.shop.svc", "live": {"version": "new"}, "lag": {"events": 3, "seconds": 0.5},
+        "parked": 2, "replicas": 1, "selector": "a=b", "observedGeneration": 1,
+        "building": {"version": "next", "progress": "50%"},
+        "conditions": [{"type": "Available", "status": "True", "reason": "Serving", "message": "version new serves"}],
+    }  # fmt: skip
+    AWAY = ReconcileError("Ready", "ReadStoreUnreachable", "the read store (at db:5432) can't be reached: refused")
+
+    def unseen(
+        self, *deployments: dict[str, Any], status: dict[str, Any] = SERVED, looked: bool = True
+    ) -> tuple[dict[str, Condition], projection.Result]:
+        there = {each["metadata"]["name"]: each for each in deployments} if looked else None
+        resource = owner().model_copy(update={"status": status})
+        result = projection._unseen(resource, deployments=there, problem=self.AWAY)
+        return {condition.type: condition for condition in result.conditions}, result
+
+    def test_while_nobody_can_ask_the_read_store_what_was_known_stays_and_the_outage_is_named(self) -> None:
+        found, result = self.unseen(deployment("status-query"), deployment("status-projector-new", wanted=4))
+        kept = {name: value for name, value in self.SERVED.items() if name not in ("conditions", "observedGeneration")}
+        assert result.status == {**kept, "replicas": 4}
+        assert result.failed
+        assert (found["Available"].status, found["Ready"].status) == ("True", "False")
+        assert {condition.reason for condition in found.values()} == {"ReadStoreUnreachable"}
+        assert all("db:5432" in condition.message for condition in found.values())
+
+    def test_without_a_query_process_the_outage_is_the_reason_why_nothing_is_available(self) -> None:
+        found, _ = self.unseen(deployment("status-query", available=0))
+        assert (found["Available"].status, found["Available"].reason) == ("False", "ReadStoreUnreachable")
+        found, _ = self.unseen()
+        assert (found["Available"].status, found["Available"].reason) == ("False", "ReadStoreUnreachable")
+        found, result = self.unseen(status={})
+        assert (found["Available"].status, found["Available"].reason) == ("False", "ReadStoreUnreachable")
+        assert "live" not in result.status
+        found, _ = outcome(deployments=[deployment("status-query", available=0)], problem=self.AWAY)
+        assert found["Available"].reason == "ReadStoreUnreachable"
+
+    def test_where_the_processes_cannot_be_seen_either_available_stays_as_it_was(self) -> None:
+        found, result = self.unseen(looked=False)
+        assert found["Available"] == Condition("Available", "True", "Serving", "version new serves")
+        assert result.status["replicas"] == 1
+        found, _ = self.unseen(looked=False, status={})
+        assert found["Available"].status == "Unknown"
 
     def test_a_projector_that_does_not_start_is_not_ready_unless_none_is_wanted(self) -> None:
         starting = [deployment("status-query"), deployment("status-projector-new", available=0)]
@@ -766,3 +818,41 @@ class TestCredentials:
 def test_access_that_cant_be_managed_is_refused_at_the_start(settings: dict[str, Any], missing: str) -> None:
     with pytest.raises(ValidationError, match=missing):
         AccessSettings(kafka_bootstrap="kafka:9092", **settings)
+
+
+class TestPaused:
+    NOW = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
+
+    @pytest.mark.parametrize(
+        ("spec", "annotations", "why"),
+        [
+            ({}, {}, None),
+            ({"paused": True}, {}, "spec.paused"),
+            ({"paused": False}, {"refold.dev/paused": "false"}, None),
+            ({}, {"refold.dev/paused": "true"}, "refold.dev/paused is true"),
+            ({}, {"refold.dev/paused": ""}, "refold.dev/paused is there"),
+        ],
+    )
+    def test_the_spec_or_the_annotation_pauses(
+        self, spec: dict[str, Any], annotations: dict[str, str], why: str | None
+    ) -> None:
+        resource = owner(**spec)
+        metadata = resource.metadata.model_copy(update={"annotations": annotations})
+        found = resources.why_paused(resource.model_copy(update={"metadata": metadata}))
+        assert (found is None) if why is None else (why in str(found))
+
+    def test_what_was_known_stays_and_nobody_knows_whether_it_is_as_specified(self) -> None:
+        kept = {
+            "type": "Available", "status": "True", "reason": "Serving", "message": "m", "observedGeneration": 0,
+            "lastTransitionTime": "2020-01-01T00:00:00Z",
+        }  # fmt: skip
+        before = {"observedGeneration": 0, "live": {"version": "new"}, "conditions": [{**kept, "type": "Ready"}, kept]}
+        after = controller.paused(before, owner(), "spec.paused is true", now=self.NOW)
+        assert after["live"] == {"version": "new"}
+        assert after["observedGeneration"] == 4
+        ready, available, progressing = after["conditions"]
+        assert (ready["type"], ready["status"], ready["observedGeneration"]) == ("Ready", "Unknown", 4)
+        assert ready["lastTransitionTime"] == "2026-01-02T03:04:05Z"
+        assert available == kept, "it is about the generation that was looked at"
+        assert (progressing["type"], progressing["status"]) == ("Progressing", "False")
+        assert controller.paused(after, owner(), "spec.paused is true", now=self.NOW) == after

@@ -226,8 +226,10 @@ async def ensure_version(
     Indexes aren't part of a version: on a table that exists they are created and dropped as the definition says
     (concurrently, so that neither projectors nor readers wait; this needs a connection in autocommit mode).
 
+    A version whose table somebody has dropped is folded again from the beginning, the live one before its readers.
+
     Returns:
-        Whether the version was made now.
+        Whether the version, or its table, was made now.
 
     Raises:
         NotFoundError: the projection isn't claimed.
@@ -238,6 +240,9 @@ async def ensure_version(
         await _lock(conn, schema)
         await _must_be_claimed(conn, namespace, name)
         made = await _insert_version(conn, schema, version, definition)
+        if not made and await _lacks_rows(conn, schema, table):
+            await _begin_anew(conn, schema, version, definition)
+            made = True
         if made:
             await conn.execute(_create_rows(schema, table, definition.definition))
             for column in definition.definition.columns:
@@ -573,6 +578,13 @@ async def _insert_version(conn: AsyncConnection[Any], schema: str, version: str,
             [text, version, text],
         )
         return False
+    await _insert_positions(conn, schema, version, definition)
+    return True
+
+
+async def _insert_positions(
+    conn: AsyncConnection[Any], schema: str, version: str, definition: VersionDefinition
+) -> None:
     for stream in definition.streams:
         heads = definition.ends.get(stream.incarnation, [None] * stream.partitions)
         await conn.execute(
@@ -583,7 +595,27 @@ async def _insert_version(conn: AsyncConnection[Any], schema: str, version: str,
             ).format(sql.Identifier(schema)),
             [version, stream.incarnation, heads],
         )
-    return True
+
+
+async def _lacks_rows(conn: AsyncConnection[Any], schema: str, table: str) -> bool:
+    cursor = await conn.execute("select to_regclass(%s) is null", [sql.Identifier(schema, table).as_string(conn)])
+    row = await cursor.fetchone()
+    assert row is not None, "a select without a table has one row"
+    return bool(row[0])
+
+
+async def _begin_anew(conn: AsyncConnection[Any], schema: str, version: str, definition: VersionDefinition) -> None:
+    """Take a version back to before its first event; its projectors find that their positions aren't there any more."""
+    for table in ("parked", "positions"):
+        await conn.execute(
+            sql.SQL("delete from {} where version = %s").format(sql.Identifier(schema, table)), [version]
+        )
+    # The trace stays, as that of a version that is gone: what is parked again is discarded again by it.
+    await conn.execute(
+        sql.SQL("update {} set version = %s where version = %s").format(sql.Identifier(schema, "discarded")),
+        [f"{version} before its rows were dropped", version],
+    )
+    await _insert_positions(conn, schema, version, definition)
 
 
 def _create_rows(schema: str, table: str, definition: Definition) -> sql.Composed:
