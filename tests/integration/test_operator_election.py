@@ -430,7 +430,10 @@ def test_a_leader_frozen_in_its_work_does_nothing_any_more_when_it_goes_on(
             until(lambda other=other: other.leads)
             if deleting:
                 # what the frozen one was about to drop is made again under the same names
-                api.kubectl("wait", "--for=delete", *kinds, "-n", "shop", "--timeout=60s")
+                try:
+                    api.kubectl("wait", "--for=delete", *kinds, "-n", "shop", "--timeout=180s")
+                except RuntimeError as error:
+                    raise AssertionError(other.log[-10_000:]) from error
                 api.apply(*streams, *readers)
             for name in names:
                 becomes(api, "eventstream", "shop", name, "True", "Active")

@@ -402,7 +402,7 @@ def test_what_a_stream_was_made_with_cannot_be_changed(api: ApiServer) -> None:
 def test_the_installations_logins_are_put_into_secrets(api: ApiServer, operator: Operator) -> None:
     until(lambda: operator.answers("/readyz"))
     for part in ("eventstore", "relay"):
-        secret = api.get("secret", f"refold-{part}", "-n", "refold-system")
+        secret = until(lambda part=part: api.get("secret", f"refold-{part}", "-n", "refold-system"))
         dsn = base64.b64decode(secret["data"]["dsn"]).decode()
         with psycopg.connect(dsn) as connection:
             assert connection.execute("select count(*) from refold.streams").fetchone() is not None

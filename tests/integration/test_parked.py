@@ -282,6 +282,7 @@ async def test_without_a_projector_it_says_so_and_nothing_is_done_later(
             ),
             second["id"],
         )
+        monkeypatch.setattr(parked, "_PATIENCE_SECONDS", 25)
         with model.projector():
             world.append([noted("s0"), noted("s1")])
             model.wait()
