@@ -23,8 +23,6 @@ from refold_operator.guard import Guard, unguarded
 
 _CONNECT_SECONDS = 5
 _WAIT_SECONDS = 6.0
-#: At most. A swap of versions may hold one for 2 s, and half as many as there are reconciles are used at the same time.
-_CONNECTIONS = 12
 _STATEMENT_SECONDS = 60
 _APPLICATION = "refold-operator"
 #: Tells this process' sessions from others'.
@@ -67,7 +65,7 @@ class Database:
         self._pool = psycopg_pool.AsyncConnectionPool(
             dsn,
             min_size=0,
-            max_size=_CONNECTIONS,
+            max_size=4,
             max_idle=60.0,
             timeout=_WAIT_SECONDS,
             reconnect_timeout=_WAIT_SECONDS,

@@ -10,11 +10,10 @@ import aiohttp
 import kopf
 
 from refold_operator.children import COMPONENT_LABEL, MANAGED, PROJECTION_LABEL, STREAM_LABEL
-from refold_operator.cluster import GROUP, VERSION, Object
+from refold_operator.cluster import GROUP, VERSION
 from refold_operator.controller import Controller
 from refold_operator.installation import Installation
 from refold_operator.resources import FINALIZER
-from refold_operator.watched import Watched
 from refold_operator.watches import Watches
 from refold_operator.workqueue import Key
 
@@ -27,25 +26,12 @@ _CHILDREN = (
 )
 
 
-class _NoDifferences(kopf.DiffBaseStorage):
-    """Tells kopf that no object has ever changed, so that it writes no annotations: `Watched` tells what is new."""
-
-    def build(self, *, body: kopf.Body, extra_fields: Any = None) -> kopf.BodyEssence:  # noqa: ARG002 - kopf's form
-        return kopf.BodyEssence({})
-
-    def fetch(self, *, body: kopf.Body) -> kopf.BodyEssence:
-        return self.build(body=body)
-
-    def store(self, *, body: kopf.Body, patch: kopf.Patch, essence: kopf.BodyEssence) -> None:
-        """Keep nothing."""
-
-
 def settings() -> kopf.OperatorSettings:
     """Return kopf's settings."""
     result = kopf.OperatorSettings()
     result.persistence.finalizer = FINALIZER
     result.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=_PREFIX, v1=False)
-    result.persistence.diffbase_storage = _NoDifferences()
+    result.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=_PREFIX, v1=False)
     result.peering.standalone = True  # kopf runs only where the Lease is held (`election`)
     result.scanning.disabled = True  # the CRDs are there before kopf starts, so no rights on CRDs and namespaces
     result.posting.enabled = False  # the controller writes Events itself: one a change of outcome
@@ -82,26 +68,34 @@ async def log_in(memo: Any, **known: Any) -> kopf.AiohttpSession:
 
 @kopf.on.event(GROUP, VERSION, "eventstreams")
 @kopf.on.event(GROUP, VERSION, "projections")
-async def seen(memo: Any, type: str | None, event: Any, **_: Any) -> None:  # noqa: A002 - kopf's name
-    """A watch has brought an EventStream or Projection: one that was there at the start, was changed or has gone."""
-    body: Object = event["object"]
-    metadata = body["metadata"]
+async def seen(memo: Any, type: str | None, uid: str, body: Any, **_: Any) -> None:  # noqa: A002 - kopf's name
+    """A watch has brought an EventStream or Projection."""
     watches: Watches = memo.watches
-    watched: Watched = memo.watched
+    watches.seen(uid, body["metadata"]["generation"], deleted=type == "DELETED")
+
+
+@kopf.on.resume(GROUP, VERSION, "eventstreams")
+@kopf.on.create(GROUP, VERSION, "eventstreams")
+@kopf.on.update(GROUP, VERSION, "eventstreams")
+async def event_stream_changed(memo: Any, namespace: str | None, name: str, **_: Any) -> None:
+    """An EventStream was there at the start, or was created or changed."""
     controller: Controller = memo.controller
-    key = _key(body["kind"], metadata["namespace"], metadata["name"])
-    watches.seen(metadata["uid"], metadata["generation"], deleted=type == "DELETED")
-    if type == "DELETED":
-        watched.forget(key)
-        controller.queue.add(key)
-    elif watched.bring(body):
-        controller.queue.add(key)
+    controller.queue.add(_key("EventStream", namespace, name))
 
 
 @kopf.on.delete(GROUP, VERSION, "eventstreams")
 async def event_stream_deleted(memo: Any, namespace: str | None, name: str, retry: int, **_: Any) -> None:
     """An EventStream is being deleted; kopf takes the finalizer away when this returns."""
     await _finalize(memo.controller, _key("EventStream", namespace, name), retry)
+
+
+@kopf.on.resume(GROUP, VERSION, "projections")
+@kopf.on.create(GROUP, VERSION, "projections")
+@kopf.on.update(GROUP, VERSION, "projections")
+async def projection_changed(memo: Any, namespace: str | None, name: str, **_: Any) -> None:
+    """A Projection was there at the start, or was created or changed."""
+    controller: Controller = memo.controller
+    controller.queue.add(_key("Projection", namespace, name))
 
 
 @kopf.on.delete(GROUP, VERSION, "projections")

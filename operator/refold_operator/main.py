@@ -12,6 +12,7 @@ from refold.web.probes import Probes
 
 from refold_operator import handlers
 from refold_operator.access import Access
+from refold_operator.autoscaler import Autoscaler
 from refold_operator.cluster import Cluster
 from refold_operator.controller import NUMBERS_SECONDS, Controller
 from refold_operator.database import Database
@@ -25,7 +26,6 @@ from refold_operator.readstore import ReadStore
 from refold_operator.redis import RedisReadStores
 from refold_operator.settings import Settings
 from refold_operator.store import Store
-from refold_operator.watched import Watched
 from refold_operator.watches import Watches
 
 _log = structlog.get_logger(__name__)
@@ -66,12 +66,12 @@ async def _take_part(settings: Settings, election: Election) -> None:
     installation = Installation(
         namespace=settings.namespace, cluster=cluster, store=store, readstore=readstore, access=access
     )
-    watched = Watched()
+    autoscaler = Autoscaler(store, readstore, every=settings.autoscaler_seconds)
     controller = Controller(
         settings, cluster=cluster, store=store, readstore=readstore, redis=redis, kafka=topics, access=access,
-        installation=installation, watched=watched,
+        installation=installation, autoscaler=autoscaler,
     )  # fmt: skip
-    watches = Watches(cluster, watched)
+    watches = Watches(cluster)
     liveness = Liveness([controller.queue.stuck, watches.stuck])
     working = False
 
@@ -95,6 +95,7 @@ async def _take_part(settings: Settings, election: Election) -> None:
                         ),
                         tasks.create_task(controller.queue.work(settings.workers)),
                         tasks.create_task(watch_numbers(store, controller, every=NUMBERS_SECONDS)),
+                        tasks.create_task(autoscaler.keep(controller.wake)),
                         tasks.create_task(watches.keep()),
                     ]
                     await _wait_for_our_kinds(cluster)
@@ -102,13 +103,7 @@ async def _take_part(settings: Settings, election: Election) -> None:
                         clusterwide=True,
                         standalone=True,
                         settings=handlers.settings(),
-                        memo=kopf.Memo(
-                            controller=controller,
-                            installation=installation,
-                            watches=watches,
-                            watched=watched,
-                            guard=guard,
-                        ),
+                        memo=kopf.Memo(controller=controller, installation=installation, watches=watches, guard=guard),
                     )
                     for task in background:
                         task.cancel()

@@ -83,8 +83,8 @@ class Settings(AccessSettings):
     event_bytes: int = Field(default=512 * 1024, ge=1024)
     #: Probes and metrics.
     port: int = 8080
-    #: How many resources are reconciled at the same time; what they ask for goes together (`batching`).
-    workers: int = Field(default=24, ge=1)
+    #: How many resources are reconciled at the same time.
+    workers: int = Field(default=8, ge=1)
     #: How long the Lease of the replica that works lasts, in seconds; the other one takes over soon after its end.
     lease_seconds: int = Field(default=8, ge=1)
     #: How often every resource is compared with what is there, in seconds, beside watching.

@@ -6,8 +6,8 @@ come before a run begin it once, and a cause that comes during a run begins anot
 
 import asyncio
 import dataclasses
-import heapq
 import random
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
@@ -44,11 +44,13 @@ class Outcome:
     Attributes:
         again: seconds until the next run without any cause, or None for never (the resource is gone).
         failed: whether something is missing; then `again` None means the key's own exponential back-off.
+        reason: why, in one CamelCase word, as the resource's condition has it.
         message: what is missing.
     """
 
     again: float | None = None
     failed: bool = False
+    reason: str = ""
     message: str = ""
 
 
@@ -68,10 +70,6 @@ class WorkQueue:
         """Run `reconcile`; it raises only on defects and API outages, both retried."""
         self._reconcile = reconcile
         self._due: dict[Key, float] = {}
-        #: The keys of `_due` that aren't running, first that which is due first; and entries that no longer hold.
-        self._order: list[tuple[float, Key]] = []
-        #: Keys that became due while they ran.
-        self._held_up: set[Key] = set()
         self._failures: dict[Key, int] = {}
         self._locks: dict[Key, asyncio.Lock] = {}
         self._changed = asyncio.Event()
@@ -83,7 +81,7 @@ class WorkQueue:
         due = time.monotonic() + after
         if key not in self._due or due < self._due[key]:
             self._due[key] = due
-            self._line_up(key)
+            self._changed.set()
 
     def forget(self, key: Key) -> None:
         """Drop what is kept of a resource that is gone."""
@@ -115,56 +113,42 @@ class WorkQueue:
         return None
 
     async def work(self, workers: int) -> None:
-        """Run keys as they become due, up to `workers` at the same time, until cancelled."""
-        metrics.QUEUED.set_function(lambda: len(self._due))
-        free = asyncio.Semaphore(workers)
+        """Run keys as they become due, until cancelled."""
+        metrics.QUEUED.set_function(self._waiting)
         async with asyncio.TaskGroup() as group:
-            while True:
-                await free.acquire()
-                running = group.create_task(self._work_on(await self._next()))
-                running.add_done_callback(lambda _: free.release())
+            for _ in range(workers):
+                group.create_task(self._worker())
 
-    async def _work_on(self, key: Key) -> None:
-        async with self._locks.setdefault(key, asyncio.Lock()):
-            outcome = await self._run(key, self._reconcile)
-        if outcome.failed:
-            self._failures[key] = self._failures.get(key, 0) + 1
-            self.add(key, after=backoff(self._failures[key]) if outcome.again is None else outcome.again)
-        else:
-            self._failures.pop(key, None)
-            if outcome.again is not None:
-                self.add(key, after=outcome.again)
-            elif key not in self._due:
-                self.forget(key)
-
-    def _line_up(self, key: Key) -> None:
-        """Put a key of `_due` where it stands by its time."""
-        heapq.heappush(self._order, (self._due[key], key))
-        if len(self._order) > 2 * len(self._due) + 100:
-            self._order = [(due, one) for one, due in self._due.items() if one not in self._held_up]
-            heapq.heapify(self._order)
-        self._changed.set()
+    async def _worker(self) -> None:
+        while True:
+            key = await self._next()
+            lock = self._locks.setdefault(key, asyncio.Lock())
+            async with lock:
+                outcome = await self._run(key, self._reconcile)
+            if outcome.failed:
+                self._failures[key] = self._failures.get(key, 0) + 1
+                self.add(key, after=backoff(self._failures[key]) if outcome.again is None else outcome.again)
+            else:
+                self._failures.pop(key, None)
+                if outcome.again is not None:
+                    self.add(key, after=outcome.again)
+                elif key not in self._due:
+                    self.forget(key)
 
     async def _next(self) -> Key:
         """Return the key that has been due longest and isn't running, and take it out."""
         while True:
             self._changed.clear()
+            free = [
+                (due, key) for key, due in self._due.items() if key not in self._locks or not self._locks[key].locked()
+            ]
             wait = None
-            while self._order:
-                due, key = self._order[0]
-                if self._due.get(key) == due:
-                    wait = due - time.monotonic()
-                    if wait > 0:
-                        break
-                heapq.heappop(self._order)
-                if self._due.get(key) != due:
-                    wait = None
-                elif key in self._locks and self._locks[key].locked():
-                    self._held_up.add(key)
-                    wait = None
-                else:
+            if free:
+                due, key = min(free)
+                if due <= time.monotonic():
                     del self._due[key]
                     return key
+                wait = due - time.monotonic()
             try:
                 async with asyncio.timeout(wait):
                     await self._changed.wait()
@@ -174,19 +158,31 @@ class WorkQueue:
     async def _run(self, key: Key, run: Reconcile) -> Outcome:
         self._began[key] = self._last_began = time.monotonic()
         try:
-            with metrics.DURATION.labels(key.kind).time():
-                async with asyncio.timeout(RUN_SECONDS):
-                    outcome = await run(key)
-        except Exception as error:  # noqa: BLE001 - the last guard: a defect in one resource must not stop the others
-            _log.exception("reconcile failed unexpectedly", kind=key.kind, namespace=key.namespace, name=key.name)
-            outcome = Outcome(failed=True, message=f"{type(error).__name__}: {error}")
+            # All that is logged meanwhile says of which resource and which run it is.
+            with (
+                structlog.contextvars.bound_contextvars(resource=str(key), reconcile=secrets.token_hex(4)),
+                metrics.DURATION.labels(key.kind).time(),
+            ):
+                outcome = await self._guarded(key, run)
         finally:
             del self._began[key]
-            if key in self._held_up:
-                self._held_up.discard(key)
-                if key in self._due:
-                    self._line_up(key)
+            self._changed.set()
         metrics.RECONCILIATIONS.labels(key.kind).inc()
         if outcome.failed:
-            metrics.FAILURES.labels(key.kind).inc()
+            metrics.FAILURES.labels(key.kind, outcome.reason).inc()
+        else:
+            metrics.SUCCESSFUL.labels(key.kind).inc()
         return outcome
+
+    async def _guarded(self, key: Key, run: Reconcile) -> Outcome:
+        try:
+            async with asyncio.timeout(RUN_SECONDS):
+                return await run(key)
+        except Exception as error:  # noqa: BLE001 - the last guard: a defect in one resource must not stop the others
+            _log.exception("reconcile failed unexpectedly")
+            return Outcome(failed=True, reason=type(error).__name__, message=f"{type(error).__name__}: {error}")
+
+    def _waiting(self) -> int:
+        """Return how many runs are due; called in the metrics' thread."""
+        now = time.monotonic()
+        return sum(due <= now for due in list(self._due.values()))
