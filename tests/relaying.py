@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
@@ -100,6 +100,7 @@ class World:
         self.namespace = f"relay{next(_namespaces)}"
         self.relays: list[RelayProcess] = []
         self.numbers = itertools.count()
+        self._deleted: dict[str, str | None] = {}
 
     def use(self, kafka: Kafka) -> None:
         self.kafka = kafka
@@ -140,9 +141,18 @@ class World:
             return False
 
         until(create, f"topic {topic} is created")
+        # the controller answers before the broker that is read from knows it: that one may have the former topic
+        until(lambda: self._topic_id(topic) not in (None, self._deleted.get(topic)), f"the broker has the new {topic}")
 
     def delete_topic(self, topic: str) -> None:
+        self._deleted[topic] = self._topic_id(topic)
         self.kafka_admin.delete_topics([topic])[topic].result(10)
+
+    def _topic_id(self, topic: str) -> str | None:
+        with contextlib.suppress(KafkaException):
+            described = self.kafka_admin.describe_topics(TopicCollection([topic]))[topic].result(10)
+            return str(described.topic_id)
+        return None
 
     def append(self, stream: Stream, count: int, *, subjects: int = 50, size: int = 20) -> None:
         """Append `count` events one by one, 1,000 in a transaction, and notify as the event store does."""
@@ -234,7 +244,13 @@ class World:
         """Wait until all is relayed, then compare the topics with the store, event by event."""
         for stream in streams:
             expected = self.history(stream)
-            assert self.relayed(stream, at_least=sum(map(len, expected))) == expected
+            found = self.relayed(stream, at_least=sum(map(len, expected)))
+            for partition, (there, wanted) in enumerate(zip(found, expected, strict=True)):
+                same = next((at for at, (a, b) in enumerate(zip(there, wanted, strict=False)) if a != b), "one's end")
+                assert there == wanted, (
+                    f"{stream.topic}/{partition} has {len(there)} records, the store {len(wanted)} events; they are "
+                    f"equal up to {same}; positions: {[record[0] for record in there]}"
+                )
 
 
 def until(condition: Callable[[], Any], what: str, *, within: float = 90) -> None:
