@@ -18,8 +18,8 @@ from bench.limits.operator import PATHS, REQUESTS, path_of, request
 from bench.servers import SYSTEM, Servers
 from bench.waiting import until
 from hack.servers.callers import get
+from hack.servers.kubernetes_api import ApiServer
 from hack.servers.platform import Service
-from tests.integration.kubernetes_api import ApiServer
 
 _WAIT_SECONDS = 600.0
 

@@ -18,8 +18,8 @@ from psycopg.conninfo import make_conninfo
 from refold.eventstore.catalog import Stream
 
 from hack.servers import Kafka, Postgres, Redis
+from hack.servers.kubernetes_api import ApiServer, programs
 from hack.servers.platform import Broker, Database, Platform
-from tests.integration.kubernetes_api import ApiServer, programs
 
 #: Partitions of the streams, as in the examples.
 PARTITIONS = 6

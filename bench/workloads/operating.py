@@ -26,8 +26,8 @@ from bench.orders import OrderEvent
 from bench.result import Comparison, Run
 from bench.servers import Servers
 from bench.waiting import until
+from hack.servers.kubernetes_api import ApiServer
 from hack.servers.platform import Service
-from tests.integration.kubernetes_api import ApiServer
 
 _CONFIG = {"cleanup.policy": "delete", "max.message.bytes": "1048588"}
 #: What `idle` may take of a core.

@@ -25,9 +25,9 @@ import httpx
 import pytest
 import yaml
 
+from hack.servers import kubernetes_api
+from hack.servers.kubernetes_api import TOKEN, ApiServer
 from hack.servers.process import Process, cache, free_port
-from tests.integration import kubernetes_api
-from tests.integration.kubernetes_api import TOKEN, ApiServer
 from tests.specs import INVALID, VALID, Refused
 
 ROOT = Path(__file__).parents[2]

@@ -25,8 +25,8 @@ from refold.web.openapi import Operation
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tests.integration import kubernetes_api
-from tests.integration.kubernetes_api import ApiServer
+from hack.servers import kubernetes_api
+from hack.servers.kubernetes_api import ApiServer
 from tests.jwts import base64url, claims_of, signed
 from tests.served import Served, serve
 

@@ -10,7 +10,7 @@ from confluent_kafka.admin import AdminClient
 
 from bench.workloads import WORKLOADS
 from hack.servers import Kafka, Postgres
-from tests.integration.kubernetes_api import programs
+from hack.servers.kubernetes_api import programs
 
 ROOT = Path(__file__).parents[2]
 

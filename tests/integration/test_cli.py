@@ -19,10 +19,10 @@ from refold.query import state
 from refold.query.settings import Settings as QuerySettings
 from refold.web.app import App
 
+from hack.servers import kubernetes_api
 from hack.servers.callers import tokens_file
-from tests.integration import kubernetes_api
+from hack.servers.kubernetes_api import ApiServer
 from tests.integration.kubelet import Kubelet
-from tests.integration.kubernetes_api import ApiServer
 from tests.parking import TOKEN, filled, make, notes, serve
 from tests.projecting import CUSTOMERS, ORDERS, ReadModel, World
 from tests.served import serve as serve_app

@@ -41,13 +41,12 @@ from refold_operator.errors import ForbiddenError
 from refold_operator.kafka import Kafka
 from refold_operator.settings import AccessSettings
 
-from hack.servers import Postgres, SecuredKafka
+from hack.servers import Postgres, SecuredKafka, kubernetes_api
 from hack.servers.callers import get
 from hack.servers.certificates import Authority
+from hack.servers.kubernetes_api import ApiServer
 from hack.servers.platform import Platform, Service
-from tests.integration import kubernetes_api
 from tests.integration import test_operator_process as cluster
-from tests.integration.kubernetes_api import ApiServer
 from tests.integration.test_consumer_example import Example
 
 KEY = b"k" * credentials.KEY_BYTES

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from hack.servers import Kafka, Postgres
-from tests.integration.kubernetes_api import ApiServer
+from hack.servers.kubernetes_api import ApiServer
 from tests.integration.test_operator_process import (
     Operator,
     Positions,

@@ -20,10 +20,9 @@ from refold_operator.election import Election
 from refold_operator.errors import UnreachableError
 from refold_operator.settings import Settings
 
-from hack.servers import Kafka, Postgres
-from tests.integration import kubernetes_api
+from hack.servers import Kafka, Postgres, kubernetes_api
+from hack.servers.kubernetes_api import ApiServer
 from tests.integration import test_operator_process as cluster
-from tests.integration.kubernetes_api import ApiServer
 from tests.integration.test_operator_process import Operator, becomes, event_stream, projection, until
 
 NAMESPACE, LEASE = "refold-system", ("lease", "refold-operator", "-n", "refold-system")

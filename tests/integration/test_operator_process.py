@@ -37,11 +37,10 @@ from kubernetes.aio import client, config
 from refold_operator.cluster import Cluster
 from refold_operator.delegation import Account, Delegation
 
-from hack.servers import EmbeddedRedis, Kafka, Postgres, Redis
+from hack.servers import EmbeddedRedis, Kafka, Postgres, Redis, kubernetes_api
 from hack.servers.callers import get
+from hack.servers.kubernetes_api import ApiServer
 from hack.servers.process import Process, free_port
-from tests.integration import kubernetes_api
-from tests.integration.kubernetes_api import ApiServer
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
