@@ -27,6 +27,7 @@ from refold_operator.errors import UnreachableError
 from refold_operator.readstore import ReadStore
 from refold_operator.redis import RedisReadStore
 from refold_operator.resources import Projection, ProjectorScaling
+from refold_operator.status import timestamp
 from refold_operator.store import Store
 
 _log = structlog.get_logger(__name__)
@@ -61,7 +62,7 @@ class _Version:
     def decide(self, change: Change) -> None:
         """Let it have another number of projectors."""
         self.memory = dataclasses.replace(self.memory, replicas=change.replicas)
-        self.change, self.changed_at = change, dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        self.change, self.changed_at = change, timestamp(dt.datetime.now(dt.UTC))
 
 
 @dataclasses.dataclass

@@ -16,6 +16,7 @@ from kubernetes.aio.client.exceptions import ApiException
 from refold_operator.calls import measured
 from refold_operator.errors import UnreachableError
 from refold_operator.guard import Guard, unguarded
+from refold_operator.status import timestamp
 
 #: The field manager of all that the operator applies.
 MANAGER = "refold-operator"
@@ -170,8 +171,8 @@ class Cluster:
             "reason": reason,
             "message": message[:1024],
             "source": {"component": MANAGER},
-            "firstTimestamp": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "lastTimestamp": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "firstTimestamp": timestamp(now),
+            "lastTimestamp": timestamp(now),
             "count": 1,
         }  # fmt: skip
         await self._request("POST", "Event", metadata["namespace"], body=event)

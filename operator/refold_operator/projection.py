@@ -47,7 +47,7 @@ from refold_operator.pace import Paces
 from refold_operator.readstore import ReadStore
 from refold_operator.redis import NO_REDIS, RedisReadStore, RedisReadStores
 from refold_operator.resources import REBUILD_ANNOTATION, TAKE_OVER_ANNOTATION, Projection
-from refold_operator.status import Condition, ConditionStatus, Status, find
+from refold_operator.status import Condition, ConditionStatus, Status, find, timestamp
 from refold_operator.store import Store
 
 _log = structlog.get_logger(__name__)
@@ -159,8 +159,9 @@ async def reconcile(projection: Projection, around: Surroundings) -> Result:
             # What serves is looked after, whatever is wrong with what is to come.
             if state.live is not None:
                 plan = _plan(projection, None, state, {})
-                deployments = await _apply(projection, around, plan.keep, found, state=state)
-                await _tell_store(projection, around, state)
+                made = await _definitions(projection, around)
+                deployments = await _apply(projection, around, plan.keep, found, state=state, made=made)
+                await _tell_store(projection, around, state, made)
                 await _drop(projection, around, plan)
             raise
         target = version
@@ -173,12 +174,13 @@ async def reconcile(projection: Projection, around: Surroundings) -> Result:
                     found.append(f"the rows of version {version}, which are folded from history again")
             state = await around.readstore.status(namespace=namespace, name=name)
         plan = _plan(projection, version, state, {})
-        deployments = await _apply(projection, around, plan.keep, found, state=state)
+        made = await _definitions(projection, around)
+        deployments = await _apply(projection, around, plan.keep, found, state=state, made=made)
         with _readstore_errors():
             await around.readstore.try_swap(namespace=namespace, name=name, version=version)
             state = await around.readstore.status(namespace=namespace, name=name)
-        await _tell_store(projection, around, state)
-        behind = await _behind(projection, around, state)
+        await _tell_store(projection, around, state, made)
+        behind = await _behind(projection, around, state, made)
         await _drop(projection, around, _plan(projection, version, state, deployments))
     except ReconcileError as error:
         problem = error
@@ -250,11 +252,19 @@ async def finalize(projection: Projection, around: Surroundings) -> None:
             ) from error
 
 
-async def _tell_store(projection: Projection, around: Surroundings, state: ProjectionStatus) -> None:
+async def _definitions(projection: Projection, around: Surroundings) -> Mapping[str, VersionDefinition]:
+    """Return what each version folds that was made."""
+    with _readstore_errors():
+        return await around.readstore.definitions(
+            namespace=projection.metadata.namespace, name=projection.metadata.name
+        )
+
+
+async def _tell_store(
+    projection: Projection, around: Surroundings, state: ProjectionStatus, made: Mapping[str, VersionDefinition]
+) -> None:
     """Tell the event store what the live version folds, by which it folds single subjects."""
     namespace, name, uid = projection.metadata.namespace, projection.metadata.name, projection.metadata.uid
-    with _readstore_errors():
-        made = await around.readstore.definitions(namespace=namespace, name=name)
     with _store_errors():
         if state.live is None or state.live not in made:
             await around.store.drop_definition(namespace=namespace, name=name, uid=uid)
@@ -264,15 +274,13 @@ async def _tell_store(projection: Projection, around: Surroundings, state: Proje
         )
 
 
-async def _behind(projection: Projection, around: Surroundings, state: ProjectionStatus) -> int:
+async def _behind(
+    projection: Projection, around: Surroundings, state: ProjectionStatus, made: Mapping[str, VersionDefinition]
+) -> int:
     """Return how many events of the store the live version's projectors have still to fold, seen by them or not."""
     live = state.versions.get(state.live) if state.live is not None else None
     if live is None or projection.spec.as_of is not None or not projection.spec.projector.replicas:
         return 0
-    with _readstore_errors():
-        made = await around.readstore.definitions(
-            namespace=projection.metadata.namespace, name=projection.metadata.name
-        )
     if live.version not in made:
         return 0
     heads = 0
@@ -313,10 +321,7 @@ async def _ends(
     projection: Projection, around: Surroundings, version: str, streams: Sequence[Stream], moment: dt.datetime
 ) -> dict[str, list[int]]:
     """Return the streams' last positions until `moment`; those that the version was made with, if it was."""
-    with _readstore_errors():
-        made = await around.readstore.definitions(
-            namespace=projection.metadata.namespace, name=projection.metadata.name
-        )
+    made = await _definitions(projection, around)
     if version in made:
         return made[version].ends
     ends = {}
@@ -369,6 +374,7 @@ async def _apply(
     found: list[str],
     *,
     state: ProjectionStatus,
+    made: Mapping[str, VersionDefinition],
 ) -> dict[str, Object]:
     """Make the logins and the Kubernetes objects of `versions`; those that are finished need no projectors any more.
 
@@ -381,16 +387,15 @@ async def _apply(
         )
     namespace, name = projection.metadata.namespace, projection.metadata.name
     with _readstore_errors():
-        folded = await around.readstore.definitions(namespace=namespace, name=name)
         logins = await around.readstore.logins(around.key, namespace=namespace, name=name)
-    readable = await _readable(around, [ref for version in versions for ref in folded[version].streams])
+    readable = await _readable(around, [ref for version in versions for ref in made[version].streams])
     schema = names.read_schema(namespace, name)
     role = _store_login(around, schema, "history")
     with _store_errors():
         store_dsn = await around.store.reader_login(role, credentials.password(around.key, role), readable)
-    past_dsn = await _past_login(around, around.key, schema, [folded[version] for version in versions])
+    past_dsn = await _past_login(around, around.key, schema, [made[version] for version in versions])
     with _store_errors(), _kafka_errors():
-        topics = {ref.topic for version in versions for ref in folded[version].streams}
+        topics = {ref.topic for version in versions for ref in made[version].streams}
         kafka_files, put_right = await around.access.projection(projection, topics)
     if put_right:
         found.append(put_right)
@@ -413,7 +418,7 @@ async def _apply(
             replicas = 0
             if version not in finished:
                 replicas = around.autoscaler.replicas(projection, version, deployment, unseen=unseen)
-            handler = folded[version].definition.handler
+            handler = made[version].definition.handler
             manifest = children.projector(
                 projection, version, image=projector_image(projection, handler, around.image), brokers=around.brokers,
                 secret=secret, replicas=replicas,
@@ -665,7 +670,7 @@ def _result(
         until = previous.retired_at + projection.spec.keep_previous
         status["previous"] = {
             "version": previous.version,
-            "keptUntil": until.astimezone(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "keptUntil": timestamp(until),
         }
     again = None
     if problem is not None:

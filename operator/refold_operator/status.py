@@ -37,9 +37,7 @@ def conditions(
     for condition in wanted:
         known = former.get(condition.type)
         changed = (
-            now.astimezone(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-            if known is None or known["status"] != condition.status
-            else known["lastTransitionTime"]
+            timestamp(now) if known is None or known["status"] != condition.status else known["lastTransitionTime"]
         )
         result.append(
             {
@@ -52,6 +50,11 @@ def conditions(
             }
         )
     return result
+
+
+def timestamp(moment: dt.datetime) -> str:
+    """Return a moment as Kubernetes has it, in UTC and whole seconds."""
+    return moment.astimezone(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def find(status: Mapping[str, Any], condition: str) -> Mapping[str, Any] | None:
