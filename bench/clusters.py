@@ -88,11 +88,7 @@ class Following:
 
     async def __aenter__(self) -> "Following":
         for kind in self._kinds:
-            path = path_of(kind, self._namespace)
-            listed = await request(self._api, "GET", path)
-            self.objects |= {(kind, item["metadata"]["name"]): item for item in listed["items"]}
-            watching = self._watch(kind, f"{path}?watch=1&resourceVersion={listed['metadata']['resourceVersion']}")
-            self._tasks.append(asyncio.create_task(watching))
+            self._tasks.append(asyncio.create_task(self._follow(kind, await self._list(kind))))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -100,14 +96,30 @@ class Following:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _watch(self, kind: str, path: str) -> None:
+    async def _follow(self, kind: str, version: str) -> None:
+        """Watch, and list again where the API server ends a watch, as it does with one that reads too slowly."""
+        while True:
+            await self._watch(kind, version)
+            version = await self._list(kind)
+            self._changed.set()
+
+    async def _list(self, kind: str) -> str:
+        """Note all objects of a kind as they are; return the version from which to watch."""
+        listed = await request(self._api, "GET", path_of(kind, self._namespace))
+        others = {at: item for at, item in self.objects.items() if at[0] != kind}
+        self.objects = others | {(kind, item["metadata"]["name"]): item for item in listed["items"]}
+        version: str = listed["metadata"]["resourceVersion"]
+        return version
+
+    async def _watch(self, kind: str, version: str) -> None:
+        path = f"{path_of(kind, self._namespace)}?watch=1&resourceVersion={version}"
         asked = await self._api.param_serialize("GET", path, auth_settings=["BearerToken"])
         answer = await self._api.call_api(*asked, _request_timeout=3600)
         try:
             async for line in _lines(answer.response.content.iter_any()):
                 event = json.loads(line)
                 if event["type"] == "ERROR":
-                    raise RuntimeError(f"the watch of {kind} ended: {event['object']}")
+                    return
                 name = event["object"]["metadata"]["name"]
                 if event["type"] == "DELETED":
                     self.objects.pop((kind, name), None)
@@ -122,7 +134,7 @@ class Following:
 
         Raises:
             TimeoutError: it didn't within 10 minutes.
-            RuntimeError: a watch ended.
+            RuntimeError: the API server refused a list or a watch.
         """
         try:
             async with asyncio.timeout(_WAIT_SECONDS):
@@ -133,7 +145,6 @@ class Following:
                     news.cancel()
                     for ended in done - {news}:
                         ended.result()
-                        raise RuntimeError("a watch ended")
         except TimeoutError:
             end = "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
             raise TimeoutError(f"waited {_WAIT_SECONDS:g} s in vain until {what}\n{end}") from None
