@@ -51,16 +51,22 @@ def wait_ready(namespace: str, *, timeout: int = 300) -> None:
 def eventually(attempt: Callable[[], _T | None], what: str, *, timeout: float = 120, every: float = 0.5) -> _T:
     """Return the first answer of `attempt` that is neither None nor False.
 
+    A connection that is refused or reset counts as no answer: a new node port takes a moment to be routed.
+
     Raises:
         TimeoutError: there was none within `timeout` seconds; it says `what` was waited for.
     """
     deadline = time.monotonic() + timeout
     while True:
-        answer = attempt()
+        lost = None
+        try:
+            answer = attempt()
+        except httpx.TransportError as error:
+            answer, lost = None, error
         if answer is not None and answer is not False:
             return answer
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{what}: not within {timeout} s")
+            raise TimeoutError(f"{what}: not within {timeout} s") from lost
         time.sleep(every)
 
 
