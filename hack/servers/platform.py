@@ -189,7 +189,7 @@ class Platform:
             )
             for stream in streams
         ]  # fmt: skip
-        version = definitions.version_of(definition, refs)
+        version = definitions.version_of(definition, refs, read_store="redis" if redis else "postgres")
         stored = definitions.VersionDefinition(definition=definition, streams=refs)
         if redis is None:
             async with await self._admin(self.read_database) as conn:
