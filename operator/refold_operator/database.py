@@ -18,7 +18,7 @@ from psycopg import AsyncConnection
 from psycopg.conninfo import conninfo_to_dict
 
 from refold_operator.calls import call
-from refold_operator.errors import UnreachableError
+from refold_operator.errors import BusyError, UnreachableError
 from refold_operator.guard import Guard, unguarded
 
 _CONNECT_SECONDS = 5
@@ -39,6 +39,8 @@ select pid from others where not pg_terminate_backend(pid, 5000)
 # SQLSTATE classes and codes of an outage: connection, resources, operator intervention, read-only (a standby after
 # a failover), lock and statement timeouts, serialization and deadlock.
 _PASSING = ("08", "53", "57", "58", "25006", "55P03", "40")
+# Those of them that are of what was asked for: locks, the time of a statement, serialization and deadlock.
+_BUSY = ("55P03", "57014", "40", "53200")
 
 
 class Database:
@@ -117,6 +119,8 @@ class Database:
         except psycopg.Error as error:
             if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError) and error.sqlstate is None:
                 raise UnreachableError(self.system, _line(error)) from error
+            if error.sqlstate is not None and error.sqlstate.startswith(_BUSY):
+                raise BusyError(self.system, _line(error)) from error
             if error.sqlstate is not None and error.sqlstate.startswith(_PASSING):
                 raise UnreachableError(self.system, _line(error)) from error
             raise

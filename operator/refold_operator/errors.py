@@ -33,5 +33,9 @@ class UnreachableError(Exception):
         self.reason = reason
 
 
+class BusyError(UnreachableError):
+    """A backend gave up on this request, for example since somebody holds a lock; others may go through."""
+
+
 class ForbiddenError(Exception):
     """Kafka knows the operator and doesn't authorise what it asked; until somebody grants it, it never will."""

@@ -4,6 +4,7 @@
 topic and whether it is ours to touch is decided by `plan_topic`, a pure function.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,8 @@ _log = structlog.get_logger(__name__)
 
 #: Seconds until a topic is looked at again that was just asked for and isn't known to all brokers yet.
 _SOON = 0.5
+#: Seconds between looks at a topic that was just made, before that: brokers hear of it right after the controller.
+_PAUSES = (0.02, 0.05, 0.1, 0.2)
 
 #: What an EventStream may configure (the CRD has the same list). What isn't in the spec gets the broker's default.
 CONFIGURABLE = frozenset(
@@ -310,6 +313,11 @@ async def _topic(
                     await _unclaim(stream, claim, store)
                 _log.info("topic isn't known to all brokers yet", topic=name)
             topic = await kafka.topic(name)
+            for pause in _PAUSES:
+                if topic is not None:
+                    break
+                await asyncio.sleep(pause)
+                topic = await kafka.topic(name)
         if lost:
             found = f"the topic {name} was gone and has been made again; the relay fills it from history"
     elif plan.config:

@@ -1,13 +1,14 @@
 """Kafka topics, ACLs and SCRAM users: look, create, configure, delete.
 
-`confluent_kafka`'s admin client answers with futures of its own thread; here they are awaited.
+`confluent_kafka`'s admin client answers with futures of its own thread; here they are awaited. What reconciles that run
+at the same time ask of topics goes in one request (`batching`).
 """
 
 import asyncio
 import concurrent.futures
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import (
@@ -29,11 +30,14 @@ from confluent_kafka.admin import (
 )
 from refold.kafka import Brokers
 
+from refold_operator.batching import Batch
 from refold_operator.calls import measured
 from refold_operator.errors import ForbiddenError, UnreachableError
 from refold_operator.guard import Guard, unguarded
 
 _TIMEOUT_SECONDS = 15.0
+#: Topics in one request, at most.
+_TOPICS = 100
 # What a broker answers about the request itself; everything else is an outage or a change of leaders that passes.
 _REFUSALS = {
     KafkaError.INVALID_CONFIG, KafkaError.INVALID_REPLICATION_FACTOR, KafkaError.INVALID_PARTITIONS,
@@ -43,6 +47,9 @@ _REFUSALS = {
 # Answers that a caller of `_answer` knows what to make of.
 _EXPECTED = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.TOPIC_ALREADY_EXISTS, KafkaError.RESOURCE_NOT_FOUND}
 _FORBIDDEN = {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED}
+
+
+_T = TypeVar("_T")
 
 
 class TopicRefusedError(Exception):
@@ -69,6 +76,24 @@ class Topic:
     config: Mapping[str, str]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """A topic that is to be made, with its own configuration."""
+
+    name: str
+    partitions: int
+    replicas: int
+    config: tuple[tuple[str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Changed:
+    """Configs of a topic that are to be changed; None takes one away."""
+
+    name: str
+    changes: tuple[tuple[str, str | None], ...]
+
+
 class Kafka:
     """One Kafka cluster."""
 
@@ -78,20 +103,35 @@ class Kafka:
         self._system = f"Kafka at {brokers.bootstrap}"
         self._brokers = brokers
         self._admin = AdminClient({**brokers.config(), "client.id": "refold-operator"})
+        self._clusters = Batch(self._look_at_cluster, most=1)
+        self._looks = Batch(self._look, most=_TOPICS)
+        self._creations = Batch(self._create, most=_TOPICS)
+        self._changes = Batch(self._configure, most=_TOPICS)
 
     async def cluster_id(self) -> str:
         """Return the cluster's id, which no other cluster has."""
+        return await self._clusters.ask(None)
+
+    async def _look_at_cluster(self, _: Sequence[None]) -> list[str | Exception]:
         description = await self._answer(self._admin.describe_cluster(request_timeout=_TIMEOUT_SECONDS))
-        return str(description.cluster_id)
+        return [str(description.cluster_id)]
 
     async def topic(self, name: str) -> Topic | None:
         """Return a topic, or None where there is none."""
-        futures = self._admin.describe_topics(TopicCollection([name]), request_timeout=_TIMEOUT_SECONDS)
+        return await self._looks.ask(name)
+
+    async def _look(self, names: Sequence[str]) -> list[Topic | Exception | None]:
+        futures = self._admin.describe_topics(TopicCollection(list(names)), request_timeout=_TIMEOUT_SECONDS)
+        resources = {name: ConfigResource(ResourceType.TOPIC, name) for name in names}
+        configs = self._admin.describe_configs(list(resources.values()), request_timeout=_TIMEOUT_SECONDS)
+        return await _each(self._topic(name, futures[name], configs[resources[name]]) for name in names)
+
+    async def _topic(
+        self, name: str, described: "concurrent.futures.Future[Any]", configured: "concurrent.futures.Future[Any]"
+    ) -> Topic | None:
         try:
-            description = await self._answer(futures[name])
-            resource = ConfigResource(ResourceType.TOPIC, name)
-            configs = self._admin.describe_configs([resource], request_timeout=_TIMEOUT_SECONDS)
-            entries = await self._answer(configs[resource])
+            description = await self._answer(described)
+            entries = await self._answer(configured)
         except KafkaException as error:
             if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
                 return None
@@ -115,12 +155,23 @@ class Kafka:
             TopicExistsError: there is one already.
             TopicRefusedError: the broker refuses the name, the replication factor or a config.
         """
-        topic = NewTopic(name, num_partitions=partitions, replication_factor=replicas, config=dict(config))
+        await self._creations.ask(_Made(name, partitions, replicas, tuple(sorted(config.items()))))
+
+    async def _create(self, wanted: Sequence[_Made]) -> list[Exception | None]:
+        topics = [
+            NewTopic(
+                one.name, num_partitions=one.partitions, replication_factor=one.replicas, config=dict(one.config)
+            )
+            for one in wanted
+        ]  # fmt: skip
         futures = self._changing().create_topics(
-            [topic], operation_timeout=_TIMEOUT_SECONDS, request_timeout=_TIMEOUT_SECONDS + 5
+            topics, operation_timeout=_TIMEOUT_SECONDS, request_timeout=_TIMEOUT_SECONDS + 5
         )
+        return await _each(self._created(one.name, futures[one.name]) for one in wanted)
+
+    async def _created(self, name: str, future: "concurrent.futures.Future[Any]") -> None:
         try:
-            await self._answer(futures[name])
+            await self._answer(future)
         except KafkaException as error:
             if error.args[0].code() == KafkaError.TOPIC_ALREADY_EXISTS:
                 raise TopicExistsError(name) from error
@@ -132,17 +183,26 @@ class Kafka:
         Raises:
             TopicRefusedError: the broker refuses a config.
         """
-        entries = [
-            ConfigEntry(
-                config,
-                value,
-                incremental_operation=AlterConfigOpType.DELETE if value is None else AlterConfigOpType.SET,
+        await self._changes.ask(_Changed(name, tuple(sorted(changes.items()))))
+
+    async def _configure(self, wanted: Sequence[_Changed]) -> list[Exception | None]:
+        resources = [
+            ConfigResource(
+                ResourceType.TOPIC,
+                one.name,
+                incremental_configs=[
+                    ConfigEntry(
+                        config,
+                        value,
+                        incremental_operation=AlterConfigOpType.DELETE if value is None else AlterConfigOpType.SET,
+                    )
+                    for config, value in one.changes
+                ],
             )
-            for config, value in changes.items()
+            for one in wanted
         ]
-        resource = ConfigResource(ResourceType.TOPIC, name, incremental_configs=entries)
-        futures = self._changing().incremental_alter_configs([resource], request_timeout=_TIMEOUT_SECONDS)
-        await self._answer(futures[resource])
+        futures = self._changing().incremental_alter_configs(resources, request_timeout=_TIMEOUT_SECONDS)
+        return await _each(self._answer(futures[resource]) for resource in resources)
 
     async def delete(self, name: str) -> None:
         """Delete a topic; one that is gone is no error."""
@@ -258,3 +318,12 @@ class Kafka:
             return UnreachableError(self._system, answer)
         known = trouble.reason in ("AuthenticationFailed", "CertificateUnknown", "CertificateRefused")
         return UnreachableError(self._system, trouble.message, reason=f"Kafka{trouble.reason}" if known else None)
+
+
+async def _each(answers: Iterable[Awaitable[_T]]) -> list[_T | Exception]:
+    """Return what each gives or raises."""
+    found = await asyncio.gather(*answers, return_exceptions=True)
+    for one in found:
+        if isinstance(one, BaseException) and not isinstance(one, Exception):
+            raise one
+    return [one for one in found if isinstance(one, Exception) or not isinstance(one, BaseException)]

@@ -1,20 +1,25 @@
-"""The event store, as the operator manages it: the catalog's claims, and the logins that read it."""
+"""The event store, as the operator manages it: the catalog's claims, and the logins that read it.
 
-import asyncio
+What reconciles that run at the same time ask and change of streams goes in one query or transaction (`batching`).
+"""
+
 import datetime as dt
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from refold import names
-from refold.eventstore import Limits, catalog, roles
-from refold.eventstore.catalog import Stream
+from refold.eventstore import Limits, catalog, event_types, roles
+from refold.eventstore.catalog import Claim, Stream
 
 from refold_operator import credentials, dsn
+from refold_operator.batching import Batch
 from refold_operator.database import Database
 
-#: How old the heads may be that statuses are made of, in seconds: one query serves all streams.
-_HEADS_SECONDS = 10.0
+#: Streams in one query.
+_READ = 200
+#: Streams, and their partitions, that are made in one transaction: it holds some 12 locks on tables for each stream and
+#: 4 for each partition, of which a server has 64 for each connection that it allows.
+_MADE, _MADE_PARTITIONS = 20, 200
 
 
 class Store:
@@ -24,9 +29,12 @@ class Store:
         """Manage the store in `database`; nothing is asked of it yet. `event_bytes` is the largest event's size."""
         self.database = database
         self._event_bytes = event_bytes
-        self._heads: dict[int, int] = {}
-        self._heads_at = float("-inf")
-        self._heads_lock = asyncio.Lock()
+        self._reads = Batch(self._read, most=_READ)
+        self._types = Batch(self._read_types, most=_READ)
+        self._heads = Batch(self._read_heads, most=_READ)
+        self._claims = Batch(self._claim, most=_MADE)
+        self._recordings = Batch(self._record, most=_READ)
+        self._activations = Batch(self._activate, most=_READ)
 
     async def install(self, key: bytes) -> dict[str, str]:
         """Install or upgrade the store and make the logins of event store and relay.
@@ -55,33 +63,58 @@ class Store:
 
     async def stream(self, namespace: str, name: str) -> Stream | None:
         """Return a stream of the catalog, in whatever state."""
+        return await self._reads.ask((namespace, name))
+
+    async def _read(self, wanted: Sequence[tuple[str, str]]) -> list[Stream | Exception | None]:
         async with self.database.connection() as connection:
-            return await catalog.get_stream(connection, namespace, name)
+            found = await catalog.get_streams(connection, wanted)
+        return [found.get(one) for one in wanted]
 
     async def claim(
         self, *, namespace: str, name: str, uid: str, partitions: int, topic: str, kafka_cluster: str
     ) -> Stream:
         """Claim a stream for a resource; see `refold.eventstore.catalog.claim_stream`."""
+        return await self._claims.ask(
+            Claim(
+                namespace=namespace, name=name, uid=uid, partitions=partitions, topic=topic, kafka_cluster=kafka_cluster
+            )
+        )
+
+    async def _claim(self, claims: Sequence[Claim]) -> list[Stream | Exception]:
+        if len(claims) > 1 and sum(claim.partitions for claim in claims) > _MADE_PARTITIONS:
+            half = len(claims) // 2
+            return [*await self._claim(claims[:half]), *await self._claim(claims[half:])]
         async with self.database.connection() as connection:
-            return await catalog.claim_stream(
-                connection, namespace=namespace, name=name, uid=uid, partitions=partitions, topic=topic,
-                kafka_cluster=kafka_cluster,
-            )  # fmt: skip
+            return list(await catalog.claim_streams(connection, claims))
 
     async def record_topic(self, stream: Stream, topic_id: str) -> Stream:
         """Record which topic is the stream's; empty: one is about to be made."""
+        return await self._recordings.ask((stream, topic_id))
+
+    async def _record(self, wanted: Sequence[tuple[Stream, str]]) -> list[Stream | Exception]:
         async with self.database.connection() as connection:
-            return await catalog.record_topic(connection, stream, topic_id)
+            return list(await catalog.record_topics(connection, *zip(*wanted, strict=True)))
 
     async def set_event_types(self, stream: Stream, types: Mapping[str, Any] | None) -> Stream:
         """Make `types` what the stream takes; see `refold.eventstore.catalog.set_event_types`."""
+        wanted = None if types is None else event_types.encode(types)
+        if await self._types.ask(stream.stream) == wanted:
+            return stream
         async with self.database.connection() as connection:
             return await catalog.set_event_types(connection, stream, types)
 
+    async def _read_types(self, wanted: Sequence[int]) -> list[str | Exception | None]:
+        async with self.database.connection() as connection:
+            found = await catalog.texts_of_event_types(connection, wanted)
+        return [found.get(one) for one in wanted]
+
     async def activate(self, stream: Stream) -> Stream:
         """Let the stream be served."""
+        return await self._activations.ask(stream)
+
+    async def _activate(self, wanted: Sequence[Stream]) -> list[Stream | Exception]:
         async with self.database.connection() as connection:
-            return await catalog.activate(connection, stream)
+            return list(await catalog.activate_all(connection, wanted))
 
     async def release(self, stream: Stream) -> None:
         """Let go of the stream; nothing is dropped."""
@@ -94,14 +127,13 @@ class Store:
             await catalog.drop_stream(connection, namespace=namespace, name=name, uid=uid)
 
     async def events(self, stream: Stream) -> int:
-        """Return the sum of the stream's heads, at most some seconds old."""
-        async with self._heads_lock:
-            if stream.stream not in self._heads or time.monotonic() - self._heads_at > _HEADS_SECONDS:
-                async with self.database.connection() as connection:
-                    heads = await catalog.stream_heads(connection)
-                self._heads = {number: sum(partitions.values()) for number, partitions in heads.items()}
-                self._heads_at = time.monotonic()
-            return self._heads.get(stream.stream, 0)
+        """Return the sum of the stream's heads."""
+        return await self._heads.ask(stream)
+
+    async def _read_heads(self, wanted: Sequence[Stream]) -> list[int | Exception]:
+        async with self.database.connection() as connection:
+            heads = await catalog.stream_heads(connection, wanted)
+        return [sum(heads.get(one.stream, {}).values()) for one in wanted]
 
     async def all_events(self) -> dict[tuple[str, str], int]:
         """Return the sums of the heads of all streams that are claimed, by (namespace, name)."""

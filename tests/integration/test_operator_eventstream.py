@@ -140,6 +140,76 @@ async def test_a_second_reconcile_changes_nothing(store: Store, topics: Kafka, n
     assert first == second, "a reconcile of an unchanged stream writes nothing, so no transaction gets a number"
 
 
+async def test_many_streams_go_together_and_a_second_look_at_them_writes_nothing(
+    store: Store, topics: Kafka, name: str
+) -> None:
+    streams = [resource(f"{name}-{number}", uid=f"u-{number}") for number in range(12)]
+    results = await asyncio.gather(*(reconcile(stream, store, topics) for stream in streams))
+    assert {ready(result) for result in results} == {("True", "Active")}
+
+    async with store.database.connection() as connection:
+        made = "select count(distinct xmin::text) from pg_namespace where nspname like %s"
+        (transactions,) = await (await connection.execute(made, [f"shop.{name}-%"])).fetchone() or (0,)
+        writes = "select pg_current_xact_id_if_assigned(), pg_snapshot_xmax(pg_current_snapshot())"
+        first = await (await connection.execute(writes)).fetchone()
+        before = [await topics.topic(f"shop.{stream.metadata.name}") for stream in streams]
+        results = await asyncio.gather(*(reconcile(stream, store, topics) for stream in streams))
+        second = await (await connection.execute(writes)).fetchone()
+    assert transactions < len(streams), "schemas are made together"
+    assert {ready(result) for result in results} == {("True", "Active")}
+    assert not any(result.found for result in results)
+    assert [await topics.topic(f"shop.{stream.metadata.name}") for stream in streams] == before
+    assert first == second, "nothing was written, so no transaction got a number"
+
+
+async def test_a_bad_stream_fails_alone_whichever_system_refuses_it(store: Store, topics: Kafka, name: str) -> None:
+    good = [resource(f"{name}-{number}", uid=f"u-{number}") for number in range(4)]
+    foreign, many, refused, taken = (
+        resource(f"{name}-schema", uid="u-schema"),
+        resource(f"{name}-replicas", uid="u-replicas", topic={"replicas": 3}),
+        resource(f"{name}-name", uid="u-name", topic={"name": "n" * 250}),
+        resource(f"{name}-taken", uid="u-taken", topic={"name": f"shop.{name}-0"}),
+    )
+    async with store.database.connection() as connection:
+        await connection.execute(f'create schema "shop.{name}-schema"')
+
+    streams = [good[0], foreign, good[1], many, refused, good[2], taken, good[3]]
+    results = await asyncio.gather(*(reconcile(stream, store, topics) for stream in streams))
+
+    found = {
+        stream.metadata.name.removeprefix(f"{name}-"): ready(result)
+        for stream, result in zip(streams, results, strict=True)
+    }
+    assert {found.pop(str(number)) for number in range(4)} == {("True", "Active")}
+    assert found.pop("taken")[1] in ("TopicConflict", "Conflict")
+    assert found == {
+        "schema": ("False", "Conflict"), "replicas": ("False", "TopicRefused"), "name": ("False", "TopicRefused"),
+    }  # fmt: skip
+    for result in (results[1], results[3], results[4]):
+        assert not any(f"{name}-{number}" in result.conditions[0].message for number in range(4)), "told of others"
+
+
+async def test_a_stream_that_somebody_holds_does_not_hold_up_what_goes_together_with_it(
+    store: Store, name: str
+) -> None:
+    held, *others = [
+        await store.claim(
+            namespace="shop", name=f"{name}-{number}", uid=f"u-{number}", partitions=1, topic=f"shop.{name}-{number}",
+            kafka_cluster="k",
+        )
+        for number in range(4)
+    ]  # fmt: skip
+
+    async with store.database.connection() as connection:
+        async with connection.transaction():
+            await connection.execute("select from refold.heads where stream = %s for update", [held.stream])
+            waits = asyncio.create_task(store.activate(held))
+            active = await asyncio.gather(*(store.activate(one) for one in others))
+            assert [one.state for one in active] == ["active"] * 3
+            assert not waits.done()
+        assert (await waits).state == "active"
+
+
 NUMBER = [{"name": "Counted", "schema": {"properties": {"n": {"type": "integer"}}}}, {"name": "Noted"}]
 
 

@@ -105,6 +105,31 @@ async def store_id(conn: AsyncConnection[Any]) -> str:
     return str(row[0])
 
 
+class Claim(msgspec.Struct, frozen=True, kw_only=True):
+    """What a resource claims.
+
+    Attributes:
+        namespace: the EventStream's namespace.
+        name: the EventStream's name.
+        uid: the EventStream's UID.
+        partitions: 1 to 512, immutable.
+        topic: immutable.
+        kafka_cluster: Kafka's cluster id; where it differs from the stored one, the stored topic id is forgotten.
+    """
+
+    namespace: str
+    name: str
+    uid: str
+    partitions: int
+    topic: str
+    kafka_cluster: str
+
+    @property
+    def schema(self) -> str:
+        """The schema of the stream."""
+        return names.event_schema(self.namespace, self.name)
+
+
 async def claim_stream(
     conn: AsyncConnection[Any],
     *,
@@ -115,86 +140,135 @@ async def claim_stream(
     topic: str,
     kafka_cluster: str,
 ) -> Stream:
-    """Claim a stream for the resource `uid`, making its schema, tables and roles where they are missing.
-
-    A stream that was released by a resource of the same namespace and name is taken back with its history. The
-    stream is `claimed`, not served, until `activate`; one that is active already stays active.
-
-    Args:
-        conn: an administrator's connection.
-        namespace: the EventStream's namespace.
-        name: the EventStream's name.
-        uid: the EventStream's UID.
-        partitions: 1 to 512, immutable.
-        topic: immutable.
-        kafka_cluster: Kafka's cluster id; where it differs from the stored one, the stored topic id is forgotten.
+    """Claim a stream for the resource `uid`; see `claim_streams`.
 
     Raises:
         ConflictError: the name, schema or topic belongs to another resource, or partitions or topic differ from those
             that the stream was made with.
         NotInstalledError: `install_store` wasn't run.
     """
-    schema = names.event_schema(namespace, name)
+    claim = Claim(
+        namespace=namespace, name=name, uid=uid, partitions=partitions, topic=topic, kafka_cluster=kafka_cluster
+    )
+    (claimed,) = await claim_streams(conn, [claim])
+    return _must_be(claimed)
 
-    async def claim() -> Stream:
+
+async def claim_streams(conn: AsyncConnection[Any], claims: Sequence[Claim]) -> list[Stream | ConflictError]:
+    """Claim streams for their resources, making their schemas, tables and roles where they are missing.
+
+    A stream that was released by a resource of the same namespace and name is taken back with its history. A stream
+    is `claimed`, not served, until `activate`; one that is active already stays active. All are claimed in one
+    transaction, which holds locks on all tables that it makes: a handful for each stream and each of its partitions.
+
+    Returns:
+        In the order of `claims`, the stream, or why it can't be claimed: the name, schema or topic belongs to another
+        resource, or partitions or topic differ from those that the stream was made with.
+
+    Raises:
+        ConflictError: one of the claims clashes with another one of `claims` or of the same moment, or with a schema or
+            role that isn't Refold's. Nothing was claimed: claim one by one.
+        psycopg.errors.LockNotAvailable: somebody holds one of several. Nothing was claimed: claim one by one.
+        NotInstalledError: `install_store` wasn't run.
+    """
+
+    async def claim() -> list[Stream | ConflictError]:
         await conn.execute("select pg_advisory_xact_lock_shared(%s, 0)", [_INSTALL_LOCK])
-        async with (
-            _as_owner(conn, _store_roles(conn)["owner"]),
-            conn.cursor(row_factory=class_row(Stream)) as cursor,
-        ):
-            await cursor.execute(
-                _STREAMS
-                + sql.SQL(
-                    " where (namespace, name) = (%s, %s) or schema = %s or (kafka_cluster, topic) = (%s, %s) "
-                    "order by stream for update"
-                ),
-                [namespace, name, schema, kafka_cluster, topic],
-            )
-            known = await cursor.fetchall()
-            stream = _own(known, namespace=namespace, name=name, uid=uid, partitions=partitions, topic=topic)
-            if stream is None:
-                await cursor.execute(
-                    sql.SQL(
-                        "insert into refold.streams "
-                        "(namespace, name, incarnation, uid, schema, partitions, topic, kafka_cluster, state) "
-                        "values (%s, %s, %s, %s, %s, %s, %s, %s, 'claimed') returning {}"
-                    ).format(_COLUMNS),
-                    [namespace, name, secrets.token_hex(8), uid, schema, partitions, topic, kafka_cluster],
-                )
-                stream = await cursor.fetchone()
-                assert stream is not None, "insert … returning gives the row"
-            elif stream.uid != uid or stream.kafka_cluster != kafka_cluster:
-                await cursor.execute(
-                    sql.SQL(
-                        "update refold.streams set uid = %(uid)s, kafka_cluster = %(cluster)s, "
-                        "state = case when state = 'released' then 'claimed' else state end, "
-                        "topic_id = case when kafka_cluster = %(cluster)s then topic_id end "
-                        "where stream = %(stream)s returning {}"
-                    ).format(_COLUMNS),
-                    {"uid": uid, "cluster": kafka_cluster, "stream": stream.stream},
-                )
-                stream = await cursor.fetchone()
-                assert stream is not None, "the row is locked, so it is there"
-        if stream.migration < migrations.load("stream")[-1].number:
-            stream = await _migrate_stream(conn, stream)
-        return stream
+        async with _as_owner(conn, _store_roles(conn)["owner"]):
+            found = await _claim_rows(conn, claims)
+        latest = migrations.load("stream")[-1].number
+        behind = [one for one in found if isinstance(one, Stream) and one.migration < latest]
+        migrated = {one.stream: one for one in await _migrate_streams(conn, behind)}
+        return [migrated.get(one.stream, one) if isinstance(one, Stream) else one for one in found]
 
+    told = ", ".join(f"{one.namespace}/{one.name}" for one in claims)
     try:
-        return await giving_way(conn, claim)
+        if len(claims) == 1:
+            return await giving_way(conn, claim)
+        async with conn.transaction():
+            await conn.execute(LOCK_TIMEOUT)
+            return await claim()
     except psycopg.errors.UniqueViolation as error:
+        topics = ", ".join(one.topic for one in claims)
         raise ConflictError(
             "name",
-            f"another claim of stream {namespace}/{name} or of topic {topic} was written at the same time: "
+            f"another claim of stream {told} or of topic {topics} was written at the same time: "
             f"{error.diag.message_detail}",
         ) from error
     except psycopg.errors.DuplicateSchema as error:
+        schemas = ", ".join(one.schema for one in claims)
         raise ConflictError(
             "schema",
-            f"the schema {schema} exists in database {conn.info.dbname} and isn't in the store's catalog; "
+            f"the schema {schemas} exists in database {conn.info.dbname} and isn't in the store's catalog; "
             "drop or rename it, or choose another name for the stream",
         ) from error
     except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedObject) as error:
         raise _not_installed(conn) from error
+
+
+async def _claim_rows(conn: AsyncConnection[Any], claims: Sequence[Claim]) -> list[Stream | ConflictError]:
+    """Write the catalog's rows of `claims`, as the owner, in the caller's transaction."""
+    known = await _select(
+        conn,
+        sql.SQL(
+            " where (namespace, name) in (select * from unnest({}::text[], {}::text[])) or schema = any({}) "
+            "or (kafka_cluster, topic) in (select * from unnest({}::text[], {}::text[])) order by stream for update"
+        ).format(
+            [one.namespace for one in claims], [one.name for one in claims], [one.schema for one in claims],
+            [one.kafka_cluster for one in claims], [one.topic for one in claims],
+        ),
+    )  # fmt: skip
+    found: list[Stream | ConflictError | None] = []
+    for one in claims:
+        try:
+            stream = _own(known, one)
+        except ConflictError as error:
+            found.append(error)
+            continue
+        if stream is not None and (stream.uid, stream.kafka_cluster) != (one.uid, one.kafka_cluster):
+            stream = await _take(conn, stream, one)
+        found.append(stream)
+    new = [one for one, stream in zip(claims, found, strict=True) if stream is None]
+    made = {(stream.namespace, stream.name): stream for stream in await _insert(conn, new)} if new else {}
+    return [
+        made[one.namespace, one.name] if stream is None else stream for one, stream in zip(claims, found, strict=True)
+    ]
+
+
+async def _insert(conn: AsyncConnection[Any], claims: Sequence[Claim]) -> list[Stream]:
+    row = sql.SQL("({}, {}, {}, {}, {}, {}, {}, {}, 'claimed')")
+    rows = [
+        row.format(
+            one.namespace, one.name, secrets.token_hex(8), one.uid, one.schema, one.partitions, one.topic,
+            one.kafka_cluster,
+        )
+        for one in claims
+    ]  # fmt: skip
+    async with conn.cursor(row_factory=class_row(Stream)) as cursor:
+        await cursor.execute(
+            sql.SQL(
+                "insert into refold.streams "
+                "(namespace, name, incarnation, uid, schema, partitions, topic, kafka_cluster, state) "
+                "values {} returning {}"
+            ).format(sql.SQL(", ").join(rows), _COLUMNS)
+        )
+        return await cursor.fetchall()
+
+
+async def _take(conn: AsyncConnection[Any], stream: Stream, claim: Claim) -> Stream:
+    async with conn.cursor(row_factory=class_row(Stream)) as cursor:
+        await cursor.execute(
+            sql.SQL(
+                "update refold.streams set uid = %(uid)s, kafka_cluster = %(cluster)s, "
+                "state = case when state = 'released' then 'claimed' else state end, "
+                "topic_id = case when kafka_cluster = %(cluster)s then topic_id end "
+                "where stream = %(stream)s returning {}"
+            ).format(_COLUMNS),
+            {"uid": claim.uid, "cluster": claim.kafka_cluster, "stream": stream.stream},
+        )
+        taken = await cursor.fetchone()
+    assert taken is not None, "the row is locked, so it is there"
+    return taken
 
 
 async def record_topic(conn: AsyncConnection[Any], stream: Stream, topic_id: str) -> Stream:
@@ -203,7 +277,19 @@ async def record_topic(conn: AsyncConnection[Any], stream: Stream, topic_id: str
     Raises:
         ConflictError: the stream isn't claimed by `stream.uid` any more.
     """
-    return await _update(conn, stream, "topic_id", topic_id)
+    (recorded,) = await _update(conn, [stream], "topic_id", [topic_id])
+    return _must_be(recorded)
+
+
+async def record_topics(
+    conn: AsyncConnection[Any], streams: Sequence[Stream], topic_ids: Sequence[str]
+) -> list[Stream | ConflictError]:
+    """Record topics' ids as `record_topic` does one, in one transaction; return the stream, or why not, for each.
+
+    Raises:
+        psycopg.errors.LockNotAvailable: somebody holds one of several; nothing was recorded: record one by one.
+    """
+    return await _update(conn, streams, "topic_id", topic_ids)
 
 
 async def activate(conn: AsyncConnection[Any], stream: Stream) -> Stream:
@@ -212,7 +298,18 @@ async def activate(conn: AsyncConnection[Any], stream: Stream) -> Stream:
     Raises:
         ConflictError: the stream isn't claimed by `stream.uid` any more.
     """
-    return await _update(conn, stream, "state", "active")
+    (active,) = await _update(conn, [stream], "state", ["active"])
+    return _must_be(active)
+
+
+async def activate_all(conn: AsyncConnection[Any], streams: Sequence[Stream]) -> list[Stream | ConflictError]:
+    """Let streams be served as `activate` does one, in one transaction; return the stream, or why not, for each.
+
+    Raises:
+        psycopg.errors.LockNotAvailable: somebody, such as an append, holds one of several; nothing was done: do it one
+            by one.
+    """
+    return await _update(conn, streams, "state", ["active"] * len(streams))
 
 
 async def limit_events(conn: AsyncConnection[Any], event_bytes: int) -> None:
@@ -241,7 +338,7 @@ async def set_event_types(conn: AsyncConnection[Any], stream: Stream, types: Map
     async with conn.transaction(), _as_owner(conn, _store_roles(conn)["owner"]):
         if (await get_event_types(conn, stream.stream))[1] == wanted:
             return stream
-        await _lock_heads(conn, stream)
+        await _lock_heads(conn, [stream])
         found = await _select(
             conn, sql.SQL(" where stream = {} and uid = {} for update").format(stream.stream, stream.uid)
         )
@@ -276,13 +373,19 @@ async def get_event_types(conn: AsyncConnection[Any], stream: int) -> tuple[int,
     return await cursor.fetchone() or (0, None)
 
 
+async def texts_of_event_types(conn: AsyncConnection[Any], streams: Sequence[int]) -> dict[int, str]:
+    """Return the JSON texts of event types of the streams, by their numbers; those that take any event have none."""
+    cursor = await conn.execute("select stream, types from refold.event_types where stream = any(%s)", [list(streams)])
+    return dict(await cursor.fetchall())
+
+
 async def release_stream(conn: AsyncConnection[Any], stream: Stream) -> None:
     """Let go of the stream (deletionPolicy Retain): nothing is dropped, nothing is served any more.
 
     Appends under way are finished first. A stream that is gone or belongs to another resource is left alone.
     """
     async with conn.transaction(), _as_owner(conn, _store_roles(conn)["owner"]):
-        await _lock_heads(conn, stream)
+        await _lock_heads(conn, [stream])
         cursor = await conn.execute(
             "update refold.streams set state = 'released', uid = null where stream = %s and uid = %s",
             [stream.stream, stream.uid],
@@ -307,7 +410,7 @@ async def drop_stream(conn: AsyncConnection[Any], *, namespace: str, name: str, 
             stream = await cursor.fetchone()
             if stream is None or stream.uid != uid:
                 return False
-            await _lock_heads(conn, stream)
+            await _lock_heads(conn, [stream])
             await cursor.execute("delete from refold.streams where stream = %s and uid = %s", [stream.stream, uid])
             if cursor.rowcount == 0:
                 return False
@@ -323,8 +426,19 @@ async def get_stream(conn: AsyncConnection[Any], namespace: str, name: str) -> S
     Raises:
         NotInstalledError: the database holds no store.
     """
-    found = await _select(conn, sql.SQL(" where (namespace, name) = ({}, {})").format(namespace, name))
-    return found[0] if found else None
+    found = await get_streams(conn, [(namespace, name)])
+    return found.get((namespace, name))
+
+
+async def get_streams(conn: AsyncConnection[Any], wanted: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Stream]:
+    """Return those streams of the (namespace, name) `wanted` that there are, in whatever state, by one query.
+
+    Raises:
+        NotInstalledError: the database holds no store.
+    """
+    where = sql.SQL(" where (namespace, name) in (select * from unnest({}::text[], {}::text[]))")
+    found = await _select(conn, where.format([one[0] for one in wanted], [one[1] for one in wanted]))
+    return {(stream.namespace, stream.name): stream for stream in found}
 
 
 async def set_definition(
@@ -429,7 +543,7 @@ async def positions_at(conn: AsyncConnection[Any], stream: Stream, moment: dt.da
     under way, and what is appended later is recorded later.
     """
     async with conn.transaction(), _as_owner(conn, _store_roles(conn)["owner"]):
-        await _lock_heads(conn, stream)
+        await _lock_heads(conn, [stream])
         cursor = await conn.execute(
             "select head, recorded_at <= %(moment)s, clock_timestamp() > %(moment)s from refold.heads "
             "where stream = %(stream)s order by partition",
@@ -466,17 +580,18 @@ def reader_role(conn: AsyncConnection[Any], stream: Stream) -> str:
     return names.resource_role(conn.info.dbname, stream.schema, "reader")
 
 
-def _own(known: Sequence[Stream], *, namespace: str, name: str, uid: str, partitions: int, topic: str) -> Stream | None:
+def _own(known: Sequence[Stream], claim: Claim) -> Stream | None:
     """Return the stream among `known` that the claim is for, or None where it is new; refuse what is someone else's."""
+    namespace, name, uid, partitions, topic = claim.namespace, claim.name, claim.uid, claim.partitions, claim.topic
     asked = f"stream {namespace}/{name}"
     own = None
     for stream in known:
         held_by = f"stream {stream.namespace}/{stream.name} ({stream.state}, uid {stream.uid})"
         if (stream.namespace, stream.name) == (namespace, name):
             own = stream
-        elif stream.topic == topic:
+        elif (stream.kafka_cluster, stream.topic) == (claim.kafka_cluster, topic):
             raise ConflictError("topic", f"{asked} asks for topic {topic}, which belongs to {held_by}")
-        else:
+        elif stream.schema == claim.schema:
             raise ConflictError("schema", f"{asked} asks for schema {stream.schema}, which belongs to {held_by}")
     if own is None:
         return None
@@ -532,37 +647,40 @@ async def _migrate_store(conn: AsyncConnection[Any]) -> str:
     return str(found[0])
 
 
-async def _migrate_stream(conn: AsyncConnection[Any], stream: Stream) -> Stream:
+async def _migrate_streams(conn: AsyncConnection[Any], streams: Sequence[Stream]) -> list[Stream]:
     """Apply the stream migrations that are missing, in the caller's transaction."""
-    stream_roles = _stream_roles(conn, stream.schema)
-    await roles.ensure_group(conn, stream_roles.values())
+    if not streams:
+        return []
+    by_stream = {stream.stream: _stream_roles(conn, stream.schema) for stream in streams}
+    await roles.ensure_group(conn, [role for of_one in by_stream.values() for role in of_one.values()])
     store_roles = _store_roles(conn)
-    values: dict[str, str | int] = {
-        **store_roles,
-        **stream_roles,
-        "schema": stream.schema,
-        "stream": stream.stream,
-        "partitions": stream.partitions,
-    }
-    statements = [LOCK_TIMEOUT]
-    if stream.migration == 0:
-        statements += [
-            sql.SQL("create schema {}").format(sql.Identifier(stream.schema)).as_string(),
-            sql.SQL("insert into refold.heads (stream, partition) select {}, p from generate_series(0, {} - 1) p")
-            .format(stream.stream, stream.partitions)
-            .as_string(),
-        ]
     available = migrations.load("stream")
-    statements += [migration.render(values) for migration in available if migration.number > stream.migration]
-    statements.append(
-        sql.SQL("update refold.streams set migration = {} where stream = {}")
-        .format(available[-1].number, stream.stream)
-        .as_string()
-    )
+    statements = [LOCK_TIMEOUT]
+    for stream in streams:
+        values: dict[str, str | int] = {
+            **store_roles,
+            **by_stream[stream.stream],
+            "schema": stream.schema,
+            "stream": stream.stream,
+            "partitions": stream.partitions,
+        }
+        if stream.migration == 0:
+            statements += [
+                sql.SQL("create schema {}").format(sql.Identifier(stream.schema)).as_string(),
+                sql.SQL("insert into refold.heads (stream, partition) select {}, p from generate_series(0, {} - 1) p")
+                .format(stream.stream, stream.partitions)
+                .as_string(),
+            ]
+        statements += [migration.render(values) for migration in available if migration.number > stream.migration]
+        statements.append(
+            sql.SQL("update refold.streams set migration = {} where stream = {}")
+            .format(available[-1].number, stream.stream)
+            .as_string()
+        )
     async with _as_owner(conn, store_roles["owner"]):
         # One message for all of it: creating many streams must not take a round trip a statement.
         await conn.execute(";\n".join(statements).encode(), prepare=False)
-    return msgspec.structs.replace(stream, migration=available[-1].number)
+    return [msgspec.structs.replace(stream, migration=available[-1].number) for stream in streams]
 
 
 async def _upgrade_streams(conn: AsyncConnection[Any]) -> None:
@@ -574,8 +692,7 @@ async def _upgrade_streams(conn: AsyncConnection[Any]) -> None:
         async def upgrade(locked: sql.Composable = locked) -> None:
             async with _as_owner(conn, _store_roles(conn)["owner"]):
                 found = await _select(conn, locked)
-            for stream in found:
-                await _migrate_stream(conn, stream)
+            await _migrate_streams(conn, found)
 
         await giving_way(conn, upgrade)
 
@@ -602,30 +719,58 @@ async def _ensure_schema(conn: AsyncConnection[Any], owner: str) -> None:
     await conn.execute(sql.SQL("; ").join(statements), prepare=False)
 
 
-async def _lock_heads(conn: AsyncConnection[Any], stream: Stream) -> None:
+async def _lock_heads(conn: AsyncConnection[Any], streams: Sequence[Stream]) -> None:
     """Wait for the appends under way, and make later ones wait for this transaction."""
-    await conn.execute("select 1 from refold.heads where stream = %s order by partition for update", [stream.stream])
+    await conn.execute(
+        "select 1 from refold.heads where stream = any(%s) order by stream, partition for update",
+        [[stream.stream for stream in streams]],
+    )
 
 
-async def _update(conn: AsyncConnection[Any], stream: Stream, column: str, value: str) -> Stream:
-    """Set one column of a stream that is still claimed by `stream.uid`; write only where it differs."""
-    where = sql.SQL(" where stream = {} and uid = {} for update").format(stream.stream, stream.uid)
+async def _update(
+    conn: AsyncConnection[Any], streams: Sequence[Stream], column: str, values: Sequence[str]
+) -> list[Stream | ConflictError]:
+    """Set one column of streams that are still claimed by their `uid`; write only where it differs.
+
+    One waits for locks as long as the connection says, several together only `LOCK_TIMEOUT`.
+    """
+    wanted = {stream.stream: value for stream, value in zip(streams, values, strict=True)}
+    where = sql.SQL(" where stream = any({}) order by stream for update").format(list(wanted))
     async with conn.transaction(), _as_owner(conn, _store_roles(conn)["owner"]):
+        if len(streams) > 1:
+            await conn.execute(LOCK_TIMEOUT)
         if column == "state":
-            await _lock_heads(conn, stream)
-        found = await _select(conn, where)
-        if found and getattr(found[0], column) != value:
+            await _lock_heads(conn, streams)
+        uids = {stream.stream: stream.uid for stream in streams}
+        found = {one.stream: one for one in await _select(conn, where) if one.uid == uids[one.stream]}
+        changed = [number for number, one in found.items() if getattr(one, column) != wanted[number]]
+        if changed:
+            new = [wanted[number] for number in changed]
             await conn.execute(
-                sql.SQL("update refold.streams set {} = %s where stream = %s").format(sql.Identifier(column)),
-                [value, stream.stream],
+                sql.SQL(
+                    "update refold.streams s set {0} = t.value from unnest(%s::int[], %s::text[]) t (stream, value) "
+                    "where s.stream = t.stream"
+                ).format(sql.Identifier(column)),
+                [changed, new],
             )
             if column == "state":
                 await conn.execute(
-                    "update refold.heads set active = %s where stream = %s", [value == "active", stream.stream]
+                    "update refold.heads h set active = t.value = 'active' "
+                    "from unnest(%s::int[], %s::text[]) t (stream, value) where h.stream = t.stream",
+                    [changed, new],
                 )
-    if not found:
-        raise _not_claimed(stream)
-    return msgspec.structs.replace(found[0], **{column: value})
+    return [
+        msgspec.structs.replace(found[stream.stream], **{column: wanted[stream.stream]})
+        if stream.stream in found
+        else _not_claimed(stream)
+        for stream in streams
+    ]
+
+
+def _must_be(stream: Stream | ConflictError) -> Stream:
+    if isinstance(stream, ConflictError):
+        raise stream
+    return stream
 
 
 async def _select(conn: AsyncConnection[Any], where: sql.Composable) -> list[Stream]:
