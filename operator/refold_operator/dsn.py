@@ -4,7 +4,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from refold.projection.readstore.redis import SCHEMES
+from refold.projection.readstore import stores
 
 # What belongs to the way and not to who goes it; certificates and passfiles are the administrator's own.
 _KEPT = ("host", "hostaddr", "port", "dbname", "sslmode", "target_session_attrs", "connect_timeout")
@@ -30,7 +30,7 @@ def login(admin_dsn: str, user: str, password: str) -> str:
 def check_redis(url: str) -> None:
     """Raise ValueError, without the URL in it, where `url` isn't one of a Redis with a user."""
     parts = urlsplit(url)
-    if not url.startswith(SCHEMES) or not parts.hostname or not parts.username or not parts.password:
+    if not url.startswith(stores.REDIS) or not parts.hostname or not parts.username or not parts.password:
         raise ValueError("not the URL of a Redis with a user: redis://user:password@host:port/database")
 
 

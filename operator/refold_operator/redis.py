@@ -12,8 +12,8 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 from refold import names
-from refold.projection.readstore import NotFoundError, ProjectionStatus, UnavailableError, redis_logins
-from refold.projection.readstore.redis import SCHEMES, RedisStore, prefix
+from refold.projection.readstore import NotFoundError, ProjectionStatus, UnavailableError, redis_logins, stores
+from refold.projection.readstore.redis import RedisStore, prefix
 
 from refold_operator import credentials, dsn
 from refold_operator.calls import measured
@@ -194,7 +194,7 @@ class RedisReadStores:
             url = base64.b64decode(secret.get("data", {})[URL_KEY]).decode().strip()
         except (KeyError, binascii.Error, UnicodeDecodeError):
             raise ReconcileError("Ready", "SecretInvalid", f"{what} has no key {URL_KEY}") from None
-        if not url.startswith(SCHEMES):
+        if not url.startswith(stores.REDIS):
             message = f"{what} has no URL of a Redis under {URL_KEY}: redis://user:password@host:port/database"
             raise ReconcileError("Ready", "SecretInvalid", message)
         return url

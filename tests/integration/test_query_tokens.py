@@ -1,8 +1,10 @@
 """Tokens of several streams, at several replicas and across swaps, on a real PostgreSQL."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
@@ -112,6 +114,25 @@ async def test_what_would_be_waited_for_in_vain_is_refused_at_once(model: Model,
             answer = ask(served, wrong, 30)
             assert (answer.status, answer.json()["type"]) == (400, "https://refold.dev/problems/invalid-token")
             assert time.monotonic() - begin < 5
+
+
+async def test_while_others_wait_what_is_applied_is_answered_and_what_is_not_is_waited_for(
+    model: Model, replicas: list[Served]
+) -> None:
+    served = replicas[0]
+    with ThreadPoolExecutor() as threads:
+        in_vain = threads.submit(ask, served, tokens.encode([tokens.Position(ORDERS, 1, 1)]), 6)
+        await asyncio.sleep(0.3)  # now the service looks at the positions again and again
+        for position in range(1, 20):
+            token = tokens.encode([tokens.Position(ORDERS, 0, position)])
+            apply(model, ORDERS, 0, position)
+            assert ask(served, token, 0.001).status == 200, "the last look may be older than what is applied"
+        later = threads.submit(ask, served, tokens.encode([tokens.Position(SHIPMENTS, 0, 1)]), 30)
+        missed = ask(served, tokens.encode([tokens.Position(SHIPMENTS, 0, 1)]), 0.2)
+        apply(model, SHIPMENTS, 0, 1)
+        assert later.result().status == 200
+        assert (missed.status, [one["stream"] for one in missed.json()["missing"]]) == (504, ["shop/shipments"])
+        assert in_vain.result().status == 504
 
 
 async def test_who_waits_is_refused_where_a_swap_leaves_out_the_stream(model: Model, replicas: list[Served]) -> None:

@@ -21,6 +21,11 @@ class Freshness:
         self._now = snapshot.now
 
     @cached_property
+    def applied(self) -> dict[tuple[str, int], int]:
+        """The positions by incarnation and partition."""
+        return {(p.incarnation, p.partition): p.position for p in self.partitions}
+
+    @cached_property
     def token(self) -> str:
         """All that is applied, as a token: sent as Refold-Token, the next answer is never older than this one."""
         return tokens.encode(tokens.Position(p.incarnation, p.partition, p.position) for p in self.partitions)
@@ -69,10 +74,9 @@ class Freshness:
         Raises:
             KeyError: a position is of a stream (or an incarnation or a partition of it) that the version doesn't fold.
         """
-        applied = {(p.incarnation, p.partition): p.position for p in self.partitions}
         missing = []
         for position in wanted:
-            reached = applied[position.incarnation, position.partition]
+            reached = self.applied[position.incarnation, position.partition]
             if reached < position.position:
                 stream = self.live.streams[position.incarnation]
                 missing.append(

@@ -202,8 +202,11 @@ class Handlers:
     ) -> tuple[Freshness, _T]:
         """Return what `read` yields once it has seen all that the request's token names."""
         token = wanted(request)
+        if token is not None and self._waiting.lacks(token):
+            await self._waiting.until_applied(token, None)
         while True:
             freshness, found = await read()
+            self._waiting.saw(freshness)
             if token is None or not token.missing(freshness):
                 return freshness, found
             await self._waiting.until_applied(token, freshness)

@@ -1,6 +1,8 @@
 """Waiting until a token's positions are applied.
 
-All requests that wait share one look at the positions, every few milliseconds while somebody waits.
+All requests that wait share one look at the positions, every few milliseconds while somebody waits, and what other
+requests read in between. Who comes while others wait waits at once where the last look lacks what is wanted: to read
+before that would mostly be in vain, and would double what the read store has to do.
 """
 
 import asyncio
@@ -87,9 +89,24 @@ class Waiting:
         self._reader = reader
         self._waiters: dict[asyncio.Future[None], Wanted] = {}
         self._task: asyncio.Task[None] | None = None
+        self._seen: Freshness | None = None
 
-    async def until_applied(self, wanted: Wanted, freshness: Freshness) -> None:
-        """Return once `wanted` is applied, where `freshness`, just read, lacks some of it.
+    def lacks(self, wanted: Wanted) -> bool:
+        """Tell whether the last look, a moment ago, lacks some of `wanted`; False where nobody has looked just now."""
+        if self._task is None or self._seen is None or wanted.left <= 0:
+            return False
+        try:
+            return bool(wanted.missing(self._seen))
+        except Problem:  # it may be of another version
+            return False
+
+    def saw(self, freshness: Freshness) -> None:
+        """Let those go who wait for what `freshness` has, which was read for somebody else."""
+        if self._seen is None or freshness.applied != self._seen.applied:
+            self._tell(freshness)
+
+    async def until_applied(self, wanted: Wanted, freshness: Freshness | None) -> None:
+        """Return once `wanted` is applied, where `freshness`, just read, or the last look (None) lacks some of it.
 
         Raises:
             Problem: 504 at the deadline; 503 where the read store doesn't answer.
@@ -104,10 +121,14 @@ class Waiting:
                     await future
                 return
             except TimeoutError:
-                freshness = await self._reader.freshness()
+                freshness = None
             finally:
                 del self._waiters[future]
-        problem = problems.not_applied(wanted.waited, wanted.missing(freshness))
+        if freshness is None:
+            freshness = await self._reader.freshness()
+        if not (missing := wanted.missing(freshness)):  # just now
+            return
+        problem = problems.not_applied(wanted.waited, missing)
         problem.headers.update(freshness.headers)
         raise problem
 
@@ -127,9 +148,15 @@ class Waiting:
                 if not future.done():
                     future.set_exception(error)
             return
+        self._tell(freshness, refuse=True)
+
+    def _tell(self, freshness: Freshness, *, refuse: bool = False) -> None:
+        """Let those go whose positions `freshness` has; with `refuse` also those whose token isn't of its version."""
+        self._seen = freshness
         for future, wanted in self._waiters.items():
             try:
                 if not future.done() and not wanted.missing(freshness):
                     future.set_result(None)
             except Problem as problem:
-                future.set_exception(problem)
+                if refuse:
+                    future.set_exception(problem)

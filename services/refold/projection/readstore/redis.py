@@ -46,8 +46,6 @@ from refold.projection.readstore import redis_scripts as scripts
 from refold.projection.readstore.handover import Standing
 from refold.projection.readstore.redis_values import place, to_value
 
-#: How the URLs of a Redis begin; the second speaks TLS.
-SCHEMES = ("redis://", "rediss://")
 #: Seconds that a script may take with all its answer, and until a connection stands.
 TIMEOUT_SECONDS = 10
 CONNECT_SECONDS = 5
