@@ -97,6 +97,16 @@ def reveal(servers: Servers, stream: Stream) -> None:
         conn.execute("select pg_notify(%s, %s)", [names.APPENDED_CHANNEL, str(stream.stream)])
 
 
+def by_subject(events: Sequence[OrderEvent], count: int) -> list[list[Append]]:
+    """Give each subject to one of `count` lanes by turns, so that its events are appended in order."""
+    lanes: list[list[Append]] = [[] for _ in range(count)]
+    places: dict[str, int] = {}
+    for event in events:
+        place = places.setdefault(event.subject, len(places) % count)
+        lanes[place].append(Append(event.subject, event.revision - 1, [new_event(event)]))
+    return lanes
+
+
 async def append_all(store: EventStore, stream: Stream, lanes: Sequence[Sequence[Append]]) -> tuple[float, list[float]]:
     """Append lane by lane at once, in each one after the other; return seconds and each append's ms."""
     latencies: list[float] = []

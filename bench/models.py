@@ -14,6 +14,9 @@ from bench.servers import Servers
 from bench.waiting import until
 from hack.servers.platform import Service
 
+#: Events a second below which a projector counts as stuck.
+_LEAST_RATE = 4_000
+
 
 class Model(NamedTuple):
     """A read model: the part of a Projection's spec without its streams, and the columns as rows are compared."""
@@ -129,5 +132,6 @@ def fold_all(servers: Servers, stream: Stream, name: str, version: str, count: i
             lambda: applied(conn, stream.namespace, name, version) >= count,
             f"{count} events are folded",
             log=process.log,
+            seconds=max(300, count / _LEAST_RATE),
         )
     return process

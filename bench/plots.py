@@ -118,7 +118,7 @@ def _panels(result: Result) -> list[_Panel]:
             case Measure.P99:
                 panel = panels.setdefault("p99", _latency_panel(result, "p99_ms", "p99 (ms)"))
             case measure if measure in FIGURES:
-                panel = panels.setdefault(measure.value, _figure_panel(reading))
+                panel = panels.setdefault(measure.value, _figure_panel(result, reading))
             case _:
                 panel = panels.setdefault("memory", _memory_panel(result))
         place = reading.goal.bound if reading.limit is None else reading.goal.bound * reading.limit
@@ -173,8 +173,11 @@ def _memory_panel(result: Result) -> _Panel:
     return _Panel("memory (MB): less is better", bars)
 
 
-def _figure_panel(reading: Reading) -> _Panel:
-    return _Panel(f"{reading.goal.measure.value}: less is better", [_Bar("Refold", reading.ours, _REFOLD)])
+def _figure_panel(result: Result, reading: Reading) -> _Panel:
+    bars = [_Bar("Refold", reading.ours, _REFOLD)]
+    if reading.limit is not None:
+        bars.append(_Bar(f"limit: {result['limit']['name']}", reading.limit, _LIMIT))
+    return _Panel(f"{reading.goal.measure.value}: less is better", bars)
 
 
 def _foot(results: Sequence[Result]) -> str:

@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +89,13 @@ class Comparison:
         if rss := [ours.rss_mb for ours, _ in pairs if ours.rss_mb]:
             result["rss_mb"] = {process: round(max(run[process] for run in rss)) for process in rss[0]}
         if figures := [ours.figures for ours, _ in pairs if ours.figures]:
-            result["figures"] = {name: round(max(run[name] for run in figures), 3) for name in figures[0]}
+            result["figures"] = _most(figures)
+        if limits_figures := [limit.figures for _, limit in pairs if limit.figures]:
+            result["limit"]["figures"] = _most(limits_figures)
+            result["figure_ratios"] = {
+                name: round(statistics.median(ours.figures[name] / limit.figures[name] for ours, limit in pairs), 3)
+                for name in limits_figures[0]
+            }
         if seconds:
             result["second_limit"] = {
                 "name": self.second_name,
@@ -108,6 +114,10 @@ class Comparison:
         if self.latency:
             return statistics.median(ours.latencies_ms) / statistics.median(limit.latencies_ms)
         return ours.events_per_s / limit.events_per_s
+
+
+def _most(figures: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: round(max(run[name] for run in figures), 3) for name in figures[0]}
 
 
 def _rounded(rate: float) -> float:

@@ -16,10 +16,12 @@ from bench.workloads import (
     operating,
     query,
     rebuild,
+    rebuild_large,
     rebuild_redis,
     relay,
     relay_latency,
     takeover,
+    two_projectors,
     two_replicas,
 )
 
@@ -60,6 +62,9 @@ WORKLOADS = {
     "rebuild": Workload(rebuild.rebuild, 500_000),
     "rebuild-topic": Workload(rebuild.rebuild_topic, 500_000),
     "rebuild-redis": Workload(rebuild_redis.rebuild_redis, 500_000),
+    "rebuild-5m": Workload(rebuild_large.rebuild_5m, 10_000, unasked=False),
+    "rebuild-live": Workload(rebuild_large.rebuild_live, 10_000, unasked=False),
+    "two-projectors": Workload(two_projectors.two_projectors, 200_000, unasked=False),
     "query": Workload(query.query, 50_000),
     "end-to-end": Workload(end_to_end.end_to_end, 2_000, 10_000),
     "reconcile-500": Workload(operating.reconcile_500, 5_000, kubernetes=True),

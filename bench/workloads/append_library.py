@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import uvloop
 from refold.eventstore import EventStore
 
-from bench.appending import Append, append_all, check_history, new_event
+from bench.appending import Append, append_all, by_subject, check_history, new_event
 from bench.limits import postgres
 from bench.orders import OrderEvent
 from bench.result import Comparison, Run
@@ -17,7 +17,7 @@ def append_32(servers: Servers, events: Sequence[OrderEvent]) -> Comparison:
     return Comparison(
         workload="append-32",
         params={"events": len(events), "at_once": 32, "events_an_append": 1, "partitions": PARTITIONS},
-        measured=lambda: _run(servers, _by_subject(events, 32)),
+        measured=lambda: _run(servers, by_subject(events, 32)),
         limit=lambda: postgres.pgbench(servers.limit, events, clients=32),
         limit_name="pgbench -M prepared, 32 clients, one INSERT and commit each",
         usual=15_000,
@@ -29,7 +29,7 @@ def append_1(servers: Servers, events: Sequence[OrderEvent]) -> Comparison:
     return Comparison(
         workload="append-1",
         params={"events": len(events), "at_once": 1, "events_an_append": 1, "partitions": PARTITIONS},
-        measured=lambda: _run(servers, _by_subject(events, 1)),
+        measured=lambda: _run(servers, by_subject(events, 1)),
         limit=lambda: postgres.insert_and_commit(servers.limit, events),
         limit_name="psycopg, one INSERT and commit after another",
         usual=1000 / 0.31,
@@ -47,16 +47,6 @@ def append_100x8(servers: Servers, events: Sequence[OrderEvent]) -> Comparison:
         limit_name="psycopg, pipelined executemany, 100 rows a commit, 8 connections",
         usual=41_000,
     )
-
-
-def _by_subject(events: Sequence[OrderEvent], count: int) -> list[list[Append]]:
-    """Give each subject to one of `count` lanes by turns, so that its events are appended in order."""
-    lanes: list[list[Append]] = [[] for _ in range(count)]
-    places: dict[str, int] = {}
-    for event in events:
-        place = places.setdefault(event.subject, len(places) % count)
-        lanes[place].append(Append(event.subject, event.revision - 1, [new_event(event)]))
-    return lanes
 
 
 def _in_hundreds(events: Sequence[OrderEvent], count: int) -> list[list[Append]]:

@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import time
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import aiohttp
 import httpx
@@ -52,7 +52,7 @@ def _run(servers: Servers, events: Sequence[OrderEvent]) -> Run:
         query = servers.platform.query(stream.namespace, name)
         query.up()
         running.callback(query.stop)
-        run = uvloop.run(_append_and_ask(servers.platform.store_dsn(), query.url, stream, events))
+        run = uvloop.run(append_and_ask(servers.platform.store_dsn(), query.url, stream, events))
     check_history(servers, stream, len(events) + 1)
     expected = exact_fold(servers, stream)[ORDERS.name]
     expected.pop("first")
@@ -61,7 +61,20 @@ def _run(servers: Servers, events: Sequence[OrderEvent]) -> Run:
     return run
 
 
-async def _append_and_ask(dsn: str, url: str, stream: Stream, events: Sequence[OrderEvent]) -> Run:
+async def append_and_ask(
+    dsn: str, url: str, stream: Stream, events: Iterable[OrderEvent], *,
+    first: str = "first", begun: Callable[[], Awaitable[None]] | None = None,
+) -> Run:  # fmt: skip
+    """Append events, 200 a second; each caller then asks for its row with the append's token.
+
+    Args:
+        dsn: the event store's.
+        url: of the query service.
+        stream: what to append to.
+        events: what to append; the end of it is the run's.
+        first: the subject of an event that goes all the way before, so that everything is at work.
+        begun: called between that one and the others.
+    """
     latencies: list[float] = []
     last: dict[str, asyncio.Task[None]] = {}
 
@@ -89,14 +102,15 @@ async def _append_and_ask(dsn: str, url: str, stream: Stream, events: Sequence[O
             if answer.status != httpx.codes.OK:
                 raise RuntimeError(f"the query for {event.subject} was answered with {text}")
 
-        # a first event, that isn't counted, goes all the way before: everything is at work then
-        first = await store.append(stream.namespace, stream.name, "first", [NewEvent.of("First", {})])
-        token = {"Refold-Token": first.token, "Prefer": "wait=60"}
+        done = await store.append(stream.namespace, stream.name, first, [NewEvent.of("First", {})])
+        token = {"Refold-Token": done.token, "Prefer": "wait=60"}
         (await client.get("/v1/rows", headers=token, timeout=aiohttp.ClientTimeout(70))).raise_for_status()
+        if begun is not None:
+            await begun()
         began = time.perf_counter()
         for number, event in enumerate(events):
             await asyncio.sleep(began + number / _RATE - time.perf_counter())
             last[event.subject] = asyncio.create_task(send(event, last.get(event.subject)))
         await asyncio.gather(*last.values())
         seconds = time.perf_counter() - began
-    return Run(events_per_s=len(events) / seconds, latencies_ms=latencies)
+    return Run(events_per_s=len(latencies) / seconds, latencies_ms=latencies)

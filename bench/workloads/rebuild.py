@@ -3,12 +3,13 @@
 import itertools
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from psycopg import sql
 from refold import names
 from refold.eventstore.catalog import Stream
 
+from bench import using
 from bench.appending import filled_stream
 from bench.limits import folding, kafka
 from bench.models import CUSTOMERS, ORDERS, check_rows, exact_fold, fold_all, make
@@ -24,7 +25,7 @@ _numbers = itertools.count(1)
 def rebuild(servers: Servers, events: Sequence[OrderEvent]) -> Comparison:
     """From the event store's history; the topic is empty."""
     stream = filled_stream(servers, events)
-    return _comparison("rebuild", servers, events, stream, lambda *_: None, "store")
+    return _comparison("rebuild", servers, events, stream)
 
 
 def rebuild_topic(servers: Servers, events: Sequence[OrderEvent]) -> Comparison:
@@ -46,37 +47,52 @@ def rebuild_topic(servers: Servers, events: Sequence[OrderEvent]) -> Comparison:
 
 def _comparison(
     workload: str, servers: Servers, events: Sequence[OrderEvent], stream: Stream,
-    prepare: Callable[[str, str], None], source: str,
+    prepare: Callable[[str, str], None] = lambda *_: None, source: str = "store",
 ) -> Comparison:  # fmt: skip
     expected = exact_fold(servers, stream)
     topic = servers.topic()
     kafka.produce(servers.kafka.bootstrap, topic, events, typed=True)
 
-    def run() -> Run:
-        seconds = 0.0
-        number = next(_numbers)
-        for model in (ORDERS, CUSTOMERS):
-            name = f"{model.name}-{number}"
-            began = time.perf_counter()
-            version = make(servers, stream, model, name)
-            prepare(name, version)
-            process = fold_all(servers, stream, name, version, len(events))
-            seconds += time.perf_counter() - began
-            try:
-                _check_source(process.url, source, len(events))
-            finally:
-                process.stop()
-            check_rows(servers, stream.namespace, name, version, model, expected[model.name])
-        return Run(events_per_s=len(events) / seconds)
-
     return Comparison(
         workload=workload,
         params={"events": len(events), "partitions": PARTITIONS, "models": "one after the other, a process each"},
-        measured=run,
+        measured=lambda: build_both(servers, stream, expected, len(events), prepare=prepare, source=source),
         limit=lambda: folding.from_topic(servers.kafka.bootstrap, topic, len(events)),
         limit_name="consume, decode and a hand-written fold of both models in one process, without a database",
         usual=283_000,
     )
+
+
+def build_both(
+    servers: Servers, stream: Stream, expected: Mapping[str, folding.Rows], count: int, *,
+    prepare: Callable[[str, str], None] = lambda *_: None, source: str = "store",
+) -> Run:  # fmt: skip
+    """Build both read models of the `count` events of `stream`, each by a process of its own.
+
+    Args:
+        servers: where the stream is.
+        stream: nobody appends to it.
+        expected: the rows that must come out, by the model's name.
+        count: the stream's events.
+        prepare: called with name and version before the process starts.
+        source: where all events must come from, as the projector's metrics say.
+    """
+    seconds, peaks = 0.0, []
+    number = next(_numbers)
+    for model in (ORDERS, CUSTOMERS):
+        name = f"{model.name}-{number}"
+        began = time.perf_counter()
+        version = make(servers, stream, model, name)
+        prepare(name, version)
+        process = fold_all(servers, stream, name, version, count)
+        seconds += time.perf_counter() - began
+        try:
+            _check_source(process.url, source, count)
+            peaks.append(using.peak_mb(process))
+        finally:
+            process.stop()
+        check_rows(servers, stream.namespace, name, version, model, expected[model.name])
+    return Run(events_per_s=count / seconds, figures={"peak_mb": max(peaks)})
 
 
 def _check_source(url: str, source: str, count: int) -> None:

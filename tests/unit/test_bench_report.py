@@ -12,6 +12,7 @@ from bench.workloads import WORKLOADS
 
 DOCS = Path(__file__).parents[2] / "docs" / "bench"
 LATENCIES = {"append-1", "relay-latency", "end-to-end", "many-streams", "takeover", "reconcile-one"}
+FIGURES = {"seconds": 20.0, "writes": 1, "core_percent": 2.5, "cpu_us": 30.0, "peak_mb": 200.0}
 TAKEN = {"at": "2026-01-31T12:00:00+00:00", "commit": "abc1234", "runs": 5, "cores": 2, "python": "3.11.7",
          "postgresql": "15.8"}  # fmt: skip
 
@@ -24,21 +25,27 @@ def result(workload: str, *, ratio: float = 1.0, params: dict[str, Any] | None =
         "p50_ms": 2.0,
         "p99_ms": 4.0,
         "samples": 10_000,
-        "limit": {"name": f"{workload}, bare", "events_per_s": 1000, "p50_ms": 2.0, "p99_ms": 4.0, "samples": 10_000},
+        "limit": {
+            "name": f"{workload}, bare", "events_per_s": 1000, "p50_ms": 2.0, "p99_ms": 4.0, "samples": 10_000,
+            "figures": FIGURES,
+        },
         "ratio": ratio,
         "ratio_of": "p50_ms" if workload in LATENCIES else "events_per_s",
         "p99_ratio": 1.0,
         "second_limit": {"name": "second", "events_per_s": 500, "ratio": 2.0},
         "rss_mb": {"eventstore": 100, "relay": 600, "operator": 300},
-        "figures": {"seconds": 20.0, "writes": 1, "core_percent": 2.5},
+        "figures": FIGURES,
+        "figure_ratios": {"cpu_us": 1.16, "peak_mb": 1.05},
         "taken": TAKEN,
         **more,
-    }
+    }  # fmt: skip
 
 
 def results_of(workload: str) -> list[dict[str, Any]]:
     if workload == "two-replicas":
         return [result(workload, params={"streams": streams}) for streams in (1, 2)]
+    if workload == "rebuild-live":
+        return [result(workload, params={"what": what}) for what in ("from append to query", "appends")]
     return [result(workload)]
 
 
@@ -105,6 +112,20 @@ def test_memory_is_held_against_its_bound_and_not_against_a_limit() -> None:
 
     assert verdicts[goals.Measure.STORE_MEMORY] == "reached"
     assert verdicts[goals.Measure.RELAY_MEMORY] == "missed"
+
+
+def test_a_figure_that_the_limit_has_too_is_held_against_it() -> None:
+    [cpu] = goals.readings(result("two-projectors"))
+    _, memory = goals.readings(result("rebuild-5m"))
+
+    assert (cpu.ours, cpu.limit, cpu.value, cpu.verdict) == (30.0, 30.0, 1.16, "missed")
+    assert (memory.ours, memory.limit, memory.value, memory.verdict) == (200.0, 200.0, 1.05, "reached")
+
+
+def test_a_part_of_a_workload_has_goals_of_its_own() -> None:
+    found = [[reading.goal for reading in goals.readings(one)] for one in results_of("rebuild-live")]
+
+    assert found == [[goals.Goal(goals.Measure.P99, 2)], [goals.Goal(goals.Measure.RATE, 0.7)]]
 
 
 def test_a_peer_that_is_far_away_is_cut_and_its_value_written(tmp_path: Path) -> None:

@@ -51,6 +51,17 @@ def test_a_ratio_of_latencies_is_that_of_the_medians_of_each_pair() -> None:
     assert (found["samples"], found["limit"]["samples"]) == (6, 6)
 
 
+def test_figures_of_both_are_the_most_of_all_runs_and_their_ratio_is_the_median_of_the_pairs() -> None:
+    def runs(*values: float) -> Callable[[], Run]:
+        left = iter(values)
+        return lambda: Run(events_per_s=1, figures={"cpu_us": next(left)})
+
+    found = line(comparison(runs(10, 30, 20), runs(10, 10, 40)), 3)
+
+    assert (found["figures"], found["limit"]["figures"]) == ({"cpu_us": 30}, {"cpu_us": 40})
+    assert found["figure_ratios"] == {"cpu_us": 1.0}  # of 1.0, 3.0 and 0.5
+
+
 def test_quantiles_stand_for_as_many_operations_as_were_counted() -> None:
     found = line(comparison(lambda: Run(events_per_s=1, latencies_ms=[1.0], samples=500), rates(1, 1)), 2)
 
