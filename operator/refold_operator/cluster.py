@@ -63,19 +63,25 @@ class RefusedError(Exception):
 class Cluster:
     """A connection to the API server; in a pod as its service account, else as the kubeconfig says."""
 
-    def __init__(self, api: client.ApiClient, *, guard: Guard = unguarded) -> None:
-        """Use `api`; `guard` is called before each request that changes something."""
-        self._api, self._guard = api, guard
+    def __init__(self, api: client.ApiClient, *, guard: Guard = unguarded, namespaces: Sequence[str] = ()) -> None:
+        """Use `api`.
+
+        Args:
+            api: the client.
+            guard: called before each request that changes something.
+            namespaces: those where there is work; empty: all.
+        """
+        self._api, self._guard, self._namespaces = api, guard, namespaces
 
     @classmethod
-    async def connect(cls, *, guard: Guard = unguarded) -> "Cluster":
+    async def connect(cls, *, guard: Guard = unguarded, namespaces: Sequence[str] = ()) -> "Cluster":
         """Read the credentials; no request is made yet."""
         configuration = client.Configuration()
         try:
             config.load_incluster_config(configuration)
         except config.ConfigException:
             await config.load_kube_config(client_configuration=configuration)
-        return cls(client.ApiClient(configuration), guard=guard)
+        return cls(client.ApiClient(configuration), guard=guard, namespaces=namespaces)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -86,7 +92,10 @@ class Cluster:
         return await self._request("GET", kind, namespace, name, missing_ok=True)
 
     async def list(self, kind: str, namespace: str | None = None, *, selector: str = "") -> Sequence[Object]:
-        """Return the objects that `selector` (labels) chooses, of one or all namespaces."""
+        """Return the objects that `selector` (labels) chooses, of one namespace or all where there is work."""
+        if namespace is None and self._namespaces:
+            found = [await self.list(kind, each, selector=selector) for each in self._namespaces]
+            return [item for items in found for item in items]
         answer = await self._request("GET", kind, namespace, query={"labelSelector": selector} if selector else {})
         assert answer is not None
         # The items of a list don't repeat what they are.

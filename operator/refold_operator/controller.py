@@ -61,7 +61,7 @@ class Controller:
         self._access = access
         self._installation = installation
         self._autoscaler = autoscaler
-        self._delegation = Delegation(cluster)
+        self._delegation = Delegation(cluster, given=bool(settings.everywhere))
         self._paces = Paces()
         self._written: dict[Key, float] = {}
         self._census = Census()
@@ -88,7 +88,7 @@ class Controller:
         if isinstance(resource, EventStream):
             result = await eventstream.reconcile(
                 resource, store=self._store, kafka=self._kafka, access=self._access, cluster=self._cluster,
-                default_replicas=self._settings.topic_replicas, event_bytes=self._settings.event_bytes,
+                default_replicas=self._settings.topic_replicas, rules=self._settings.rules,
             )  # fmt: skip
         else:
             left = projection.seconds_left(resource, now=dt.datetime.now(dt.UTC))
@@ -168,6 +168,7 @@ class Controller:
             access=self._access,
             paces=self._paces,
             autoscaler=self._autoscaler,
+            rules=self._settings.rules,
             key=self._installation.key,
         )
 

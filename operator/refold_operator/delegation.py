@@ -4,6 +4,9 @@ Both questions are about the whole cluster, so the right to ask them is given by
 one, `refold-query`, of the ClusterRole `system:auth-delegator` and with nobody in it; here the ServiceAccounts of query
 services are put in and taken out. So the operator needs no right on any other binding, `helm uninstall` takes all of
 these rights away at once, and Helm, whose manifest says nothing of the subjects, leaves them as they are.
+
+An operator of named namespaces has no right on anything beyond them: there the chart gives the right to these
+namespaces' ServiceAccounts, and nothing is done here.
 """
 
 import asyncio
@@ -35,8 +38,10 @@ class Account(NamedTuple):
 class Delegation:
     """The ServiceAccounts in the binding."""
 
-    def __init__(self, cluster: Cluster, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, cluster: Cluster, *, given: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        """Change the binding in `cluster`; where the right is `given` by the chart, do nothing."""
         self._cluster = cluster
+        self._given = given
         self._clock = clock
         self._lock = asyncio.Lock()
         self._accounts: frozenset[Account] = frozenset()
@@ -66,6 +71,8 @@ class Delegation:
             await self._change(lambda accounts: accounts - {account})
 
     async def _change(self, change: Callable[[frozenset[Account]], frozenset[Account]]) -> None:
+        if self._given:
+            return
         for _ in range(_TRIES):
             if self._clock() - self._read_at > READ_SECONDS:
                 await self._read()

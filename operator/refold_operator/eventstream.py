@@ -161,13 +161,15 @@ def event_types(stream: EventStream) -> dict[str, Any] | None:
     return {each.name: each.json_schema for each in stream.spec.events}
 
 
-def _guard(stream: EventStream, event_bytes: int) -> None:
+def _guard(stream: EventStream, rules: spec_guard.Rules) -> None:
     """Refuse what the admission webhook refuses, where it came in nevertheless.
 
     Raises:
         ReconcileError: it says which field, and why.
     """
-    problems = spec_guard.check_event_stream(stream.definition, event_bytes=event_bytes)
+    namespace = stream.metadata.namespace
+    problems = spec_guard.check_namespace(namespace, rules)
+    problems += spec_guard.check_event_stream(stream.definition, namespace=namespace, rules=rules)
     if problems:
         condition = "TopicReady" if problems[0].path.startswith("spec.topic") else "StoreReady"
         message = f"{spec_guard.told(problems)}. Nothing was changed; events are taken as before"
@@ -201,7 +203,7 @@ async def reconcile(
     access: Access,
     cluster: Cluster,
     default_replicas: int,
-    event_bytes: int,
+    rules: spec_guard.Rules,
 ) -> Result:
     """Make topic, schema and who may read and write what the EventStream says.
 
@@ -218,9 +220,9 @@ async def reconcile(
     try:
         with _store_errors():
             claim = await store.stream(stream.metadata.namespace, stream.metadata.name)
-        _guard(stream, event_bytes)
+        _guard(stream, rules)
         claim, note, found = await _topic(
-            stream, claim, store=store, kafka=kafka, default_replicas=default_replicas, event_bytes=event_bytes
+            stream, claim, store=store, kafka=kafka, default_replicas=default_replicas, event_bytes=rules.event_bytes
         )
         readers, more = await _access(stream, access=access, cluster=cluster)
         found = "; ".join(filter(None, (found, _news(stream, note), more)))

@@ -52,7 +52,7 @@ async def run(settings: Settings) -> None:
 
 async def _take_part(settings: Settings, election: Election) -> None:
     guard = election.check
-    cluster = await Cluster.connect(guard=guard)
+    cluster = await Cluster.connect(guard=guard, namespaces=settings.everywhere)
     store_database = Database(settings.store_admin_dsn.get_secret_value(), "event store", guard=guard)
     read_database = Database(settings.readstore_admin_dsn.get_secret_value(), "read store", guard=guard)
     store, readstore = Store(store_database, event_bytes=settings.event_bytes), ReadStore(read_database)
@@ -100,7 +100,8 @@ async def _take_part(settings: Settings, election: Election) -> None:
                     ]
                     await _wait_for_our_kinds(cluster)
                     await kopf.operator(
-                        clusterwide=True,
+                        clusterwide=not settings.everywhere,
+                        namespaces=settings.everywhere,
                         standalone=True,
                         settings=handlers.settings(),
                         memo=kopf.Memo(controller=controller, installation=installation, watches=watches, guard=guard),

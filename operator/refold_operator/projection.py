@@ -75,6 +75,7 @@ class Surroundings:
         redis: where those are whose read store is a Redis.
         paces: how fast versions are being built, as seen by the reconciles before.
         autoscaler: decides how many projectors there are where the spec leaves it to it.
+        rules: what the installation allows.
         key: the installation's key of passwords, None until the installation has read it.
     """
 
@@ -88,6 +89,7 @@ class Surroundings:
     access: Access
     paces: Paces
     autoscaler: Autoscaler
+    rules: spec_guard.Rules
     key: bytes | None
 
 
@@ -300,7 +302,8 @@ async def _at_its_readstore(projection: Projection, around: Surroundings) -> Sur
 
 async def _wanted(projection: Projection, around: Surroundings) -> tuple[str, VersionDefinition]:
     """Return the version that the spec asks for, and what it folds."""
-    if problems := spec_guard.check_projection(projection.definition):
+    problems = spec_guard.check_namespace(projection.metadata.namespace, around.rules)
+    if problems := problems + spec_guard.check_projection(projection.definition):
         raise ReconcileError("Ready", problems[0].reason, spec_guard.told(problems))
     definition = definitions.parse(projection.definition)
     streams = await _streams(projection, around, definition.streams)

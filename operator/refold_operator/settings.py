@@ -9,6 +9,7 @@ from pydantic_settings import SettingsConfigDict
 from refold import kafka
 
 from refold_operator.dsn import check, check_redis
+from refold_operator.tenants import TenantSettings
 
 
 class AccessSettings(kafka.Settings):
@@ -61,7 +62,7 @@ class AccessSettings(kafka.Settings):
         ).brokers()
 
 
-class Settings(AccessSettings):
+class Settings(AccessSettings, TenantSettings):
     """What the operator needs to know of its installation. Secrets never appear in logs or messages."""
 
     model_config = SettingsConfigDict(env_prefix="REFOLD_", hide_input_in_errors=True)
@@ -79,8 +80,6 @@ class Settings(AccessSettings):
     namespace: str
     #: Replication factor of topics whose EventStream doesn't say.
     topic_replicas: int = Field(default=1, ge=1)
-    #: The most bytes of one event that the event store accepts (`eventstore.limits.eventBytes`); topics must take them.
-    event_bytes: int = Field(default=512 * 1024, ge=1024)
     #: Probes and metrics.
     port: int = 8080
     #: How many resources are reconciled at the same time.
@@ -105,6 +104,11 @@ class Settings(AccessSettings):
         if value is not None:
             check_redis(value.get_secret_value())
         return value
+
+    @property
+    def everywhere(self) -> list[str]:
+        """The namespaces that the operator looks into: its own, where its Secrets are, too; empty: all."""
+        return sorted({*self.namespaces, self.namespace}) if self.namespaces else []
 
     @property
     def store_database(self) -> str:

@@ -5,6 +5,7 @@ reconcile doesn't act on one. So a resource that came in while no webhook was th
 the same words.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
@@ -50,18 +51,55 @@ MAX_PROJECTION_BYTES = 256 * 1024
 _RESOURCES = ("cpu", "memory", "ephemeral-storage")
 
 
-def check_event_stream(spec: Mapping[str, Any], *, event_bytes: int) -> list[Problem]:
-    """Return all that keeps an EventStream from working; empty where nothing does.
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What an installation allows.
+
+    Attributes:
+        event_bytes: the most that one event may have in the event store; topics must take all that are accepted.
+        topic_prefixes: how the names of topics may begin, by namespace; `*`: in those that aren't named here. What
+            begins with `<namespace>.` may always be. None: any topic may be had from anywhere.
+        namespaces: those that the operator works in; empty: all.
+    """
+
+    event_bytes: int = 512 * 1024
+    topic_prefixes: Mapping[str, Sequence[str]] | None = None
+    namespaces: Sequence[str] = ()
+
+    def prefixes(self, namespace: str) -> tuple[str, ...]:
+        """Return how the names of a namespace's topics may begin."""
+        if self.topic_prefixes is None:
+            return ("",)
+        return (f"{namespace}.", *self.topic_prefixes.get(namespace, self.topic_prefixes.get("*", ())))
+
+
+def check_namespace(namespace: str, rules: Rules) -> list[Problem]:
+    """Return why nobody would look at a resource of a namespace; empty where the operator works there."""
+    if not rules.namespaces or namespace in rules.namespaces:
+        return []
+    message = (
+        f"Refold doesn't work in {namespace}: use one of its namespaces, or add it to the chart's tenants.namespaces"
+    )
+    return [Problem("metadata.namespace", "NamespaceNotAllowed", message)]
+
+
+def check_event_stream(spec: Mapping[str, Any], *, namespace: str, rules: Rules) -> list[Problem]:
+    """Return all that keeps an EventStream of a namespace from working; empty where nothing does.
 
     Args:
         spec: its whole spec, as it was written.
-        event_bytes: the most that one event may have in the event store; the topic must take all that are accepted.
+        namespace: where it is.
+        rules: what the installation allows.
     """
     try:
         stream = EventStreamSpec.model_validate(spec)
     except pydantic.ValidationError as error:
         return [definitions.malformed(details) for details in error.errors()]
-    return [*_topic(stream.topic, event_bytes), *_event_types(stream.events or [])]
+    return [
+        *_topic_name(stream.topic, namespace, rules),
+        *_topic(stream.topic, rules.event_bytes),
+        *_event_types(stream.events or []),
+    ]
 
 
 def check_projection(spec: Mapping[str, Any]) -> list[Problem]:
@@ -95,6 +133,17 @@ def told(problems: Sequence[Problem], *, most: int = 10) -> str:
     """Return one text of all problems, or of the first `most` of them and how many there are besides."""
     text = "; ".join(str(problem) for problem in problems[:most])
     return text if len(problems) <= most else f"{text}; and {len(problems) - most} more"
+
+
+def _topic_name(topic: Topic, namespace: str, rules: Rules) -> Iterator[Problem]:
+    """Refuse the topic of another namespace's streams: whoever made it first would keep them from it."""
+    allowed = rules.prefixes(namespace)
+    if topic.name is not None and not topic.name.startswith(allowed):
+        message = (
+            f"{topic.name} isn't for namespace {namespace}, whose topics begin with {' or '.join(allowed)}: leave it "
+            "out, choose such a name, or add a prefix to the chart's tenants.topicPrefixes"
+        )
+        yield Problem("spec.topic.name", "TopicNotAllowed", message)
 
 
 def _topic(topic: Topic, event_bytes: int) -> Iterator[Problem]:

@@ -5,6 +5,7 @@ namespace, of the CustomResourceDefinitions). Topics, schemas and read models st
 whoever wants them dropped deletes the resources first, while the operator runs. Safe to repeat.
 """
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -62,14 +63,20 @@ def delete_lease(namespace: str) -> None:
             raise
 
 
-def release(plural: str) -> int:
-    """Take the operator's finalizer off all resources of a kind, in all namespaces; return how many had it."""
+def release(plural: str, namespace: str | None = None) -> int:
+    """Take the operator's finalizer off all resources of a kind, of one or all namespaces; return how many had it."""
     api = client.CustomObjectsApi()
     released = 0
     token = ""
     while True:
         try:
-            page: Any = api.list_cluster_custom_object(_GROUP, _VERSION, plural, limit=_PAGE, _continue=token)
+            page: Any = (
+                api.list_cluster_custom_object(_GROUP, _VERSION, plural, limit=_PAGE, _continue=token)
+                if namespace is None
+                else api.list_namespaced_custom_object(
+                    _GROUP, _VERSION, namespace, plural, limit=_PAGE, _continue=token
+                )
+            )
         except client.ApiException as error:
             if error.status == _NOT_FOUND:  # the kind isn't installed, or not any more
                 return released
@@ -121,16 +128,22 @@ def _until_no_conflict(attempt: Callable[[], bool], *, tries: int = 5) -> bool:
 
 
 def main() -> None:
-    """Stop the operator of the namespace in `REFOLD_NAMESPACE`, and take its Lease and its finalizers away."""
+    """Stop the operator of the namespace in `REFOLD_NAMESPACE`, and take its Lease and its finalizers away.
+
+    Where `REFOLD_NAMESPACES` names those that the operator works in (a JSON list), it looks into no others.
+    """
     logs.configure("uninstall")
     try:
         config.load_incluster_config()
     except config.ConfigException:
         config.load_kube_config()
-    stop_operator(os.environ["REFOLD_NAMESPACE"])
-    delete_lease(os.environ["REFOLD_NAMESPACE"])
+    own = os.environ["REFOLD_NAMESPACE"]
+    tenants: list[str] = json.loads(os.environ.get("REFOLD_NAMESPACES", "[]"))
+    stop_operator(own)
+    delete_lease(own)
     for plural in ("projections", "eventstreams"):
-        _log.info("released", kind=plural, resources=release(plural))
+        released = sum(release(plural, namespace) for namespace in {own, *tenants}) if tenants else release(plural)
+        _log.info("released", kind=plural, resources=released)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,14 @@ AT_ONCE = 2
 
 @dataclass
 class Victim:
-    """What something can happen to, one thing at a time; `gone`: nothing will any more."""
+    """What something can happen to, one thing at a time; `gone`: nothing will any more.
+
+    After each it is left alone for as long as that took, until `rests_until` (monotonic seconds): a broker that takes a
+    minute to start on a busy machine would else be away all the time, and nothing would be attacked but patience.
+    """
 
     name: str
+    rests_until: float = field(default=0.0, kw_only=True)
     disturbed: threading.Lock = field(default_factory=threading.Lock, kw_only=True)
     gone: bool = field(default=False, kw_only=True)
 
@@ -172,10 +177,13 @@ class Disturber:
         """Let it happen; return False where the victim was gone."""
         victim = self._choose(disturbance)
         with victim.disturbed:
+            time.sleep(max(0.0, victim.rests_until - time.monotonic()))
             if victim.gone:
                 return False
             self._note("begins", disturbance, victim)
+            began = time.monotonic()
             disturbance.kind.act(victim, disturbance.seconds)
+            victim.rests_until = 2 * time.monotonic() - began
             self._note("is over", disturbance, victim)
         self.happened[disturbance.kind] += 1
         return True

@@ -17,6 +17,7 @@ from refold_operator.errors import ReconcileError
 from refold_operator.eventstream import Result
 from refold_operator.kafka import Kafka
 from refold_operator.settings import AccessSettings
+from refold_operator.spec_guard import Rules
 from refold_operator.store import Store
 
 from hack.servers import Kafka as KafkaServer
@@ -85,7 +86,7 @@ async def reconcile(stream: resources.EventStream, store: Store, topics: Kafka) 
             access=UNMANAGED,
             cluster=NO_CLUSTER,
             default_replicas=1,
-            event_bytes=512 * 1024,
+            rules=Rules(),
         )
         if result.conditions[0].reason != "TopicPending":
             break

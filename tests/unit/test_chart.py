@@ -40,7 +40,7 @@ BOTH = pytest.mark.parametrize("values", [EMBEDDED, EXTERNAL], ids=["embedded", 
 
 def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in values.items():
-        if isinstance(value, dict) and key not in ("resources", "labels", "annotations"):
+        if isinstance(value, dict) and key not in ("resources", "labels", "annotations", "topicPrefixes"):
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
@@ -94,6 +94,8 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "eventstore.resources": (RESOURCES, EMBEDDED),
     "eventstore.service.type": ("NodePort", EMBEDDED),
     "eventstore.service.nodePort": (30080, merged(EMBEDDED, at("eventstore.service.type", "NodePort"))),
+    "tenants.namespaces": (["shop"], EMBEDDED),
+    "tenants.topicPrefixes": ({"*": []}, EMBEDDED),
     "relay.replicas": (1, EMBEDDED),
     "relay.shards": (4, EMBEDDED),
     "relay.priorityClassName": ("system-cluster-critical", EMBEDDED),
@@ -603,6 +605,30 @@ def test_the_operator_has_the_rights_that_its_readme_names_and_no_others() -> No
         assert rights(role["rules"]) == rights(yaml.safe_load(block)["rules"])
 
 
+def test_in_named_namespaces_the_operator_has_the_same_rights_by_roles_only() -> None:
+    tenants = ["bank", "shop"]
+    manifests = render(merged(EMBEDDED, at("tenants.namespaces", tenants)))
+    everywhere = one(render(EMBEDDED), "ClusterRole", "refold-operator")["rules"]
+    roles = [m for m in manifests if m["kind"] == "Role" and m["metadata"]["name"] == "refold-operator-tenant"]
+    assert [role["metadata"]["namespace"] for role in roles] == [*tenants, NAMESPACE]
+    of_the_cluster = [rule for rule in everywhere if rule["apiGroups"] == ["rbac.authorization.k8s.io"]]
+    for role in roles:
+        assert role["rules"] == [rule for rule in everywhere if rule not in of_the_cluster]
+    for kind, namespaces in (("ClusterRoleBinding", []), ("RoleBinding", [*tenants, NAMESPACE, NAMESPACE])):
+        bound = [m for m in manifests if m["kind"] == kind and "'refold-operator'" in str(m.get("subjects"))]
+        assert [m["metadata"]["namespace"] for m in bound] == namespaces
+        for binding in bound:
+            assert binding["subjects"] == [
+                {"kind": "ServiceAccount", "name": "refold-operator", "namespace": NAMESPACE}
+            ]
+    assert not [m for m in manifests if m["kind"] == "ClusterRole" and m["metadata"]["name"] == "refold-operator"]
+    groups = one(manifests, "ClusterRoleBinding", "refold-query")["subjects"]
+    assert [group["name"] for group in groups] == [f"system:serviceaccounts:{each}" for each in [*tenants, NAMESPACE]]
+    (job,) = (m for m in manifests if m["kind"] == "Job" and m["metadata"]["name"] == "refold-uninstall")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert {"name": "REFOLD_NAMESPACES", "value": '["bank","shop"]'} in container["env"]
+
+
 def test_the_operators_lease_is_the_one_that_it_may_change_and_its_pods_say_that_they_wait_for_it() -> None:
     manifests = render(EMBEDDED)
     (named,) = (
@@ -668,6 +694,15 @@ def test_the_webhook_may_change_its_own_secret_and_configuration_and_look_for_st
         {"apiGroups": ["refold.dev"], "resources": ["eventstreams"], "verbs": ["get"]},
     ]  # fmt: skip
     assert not {"data", "stringData"} & set(one(manifests, "Secret", "refold-webhook")), "they are the webhook's"
+
+
+def test_in_named_namespaces_the_webhook_looks_for_streams_there_only() -> None:
+    manifests = render(merged(EMBEDDED, at("tenants.namespaces", ["shop"])))
+    rules = one(manifests, "ClusterRole", "refold-webhook")["rules"]
+    assert [rule["apiGroups"] for rule in rules] == [["admissionregistration.k8s.io"]]
+    role = one(manifests, "Role", "refold-webhook-tenant")
+    assert role["metadata"]["namespace"] == "shop"
+    assert role["rules"] == [{"apiGroups": ["refold.dev"], "resources": ["eventstreams"], "verbs": ["get"]}]
 
 
 def test_the_webhook_is_asked_about_specs_of_our_kinds_and_nothing_else() -> None:

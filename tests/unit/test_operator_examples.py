@@ -34,6 +34,6 @@ def test_there_is_an_example_of_each_kind() -> None:
 )
 def test_an_example_can_work(document: dict[str, Any]) -> None:
     if document["kind"] == "EventStream":
-        assert spec_guard.check_event_stream(document["spec"], event_bytes=512 * 1024) == []
+        assert spec_guard.check_event_stream(document["spec"], namespace="shop", rules=spec_guard.Rules()) == []
     else:
         assert spec_guard.check_projection(document["spec"]) == []

@@ -16,7 +16,8 @@ BY_GUARD = [name for name, refused in INVALID.items() if refused.by == "guard"]
 
 def check(resource: dict[str, Any], *, event_bytes: int = EVENT_BYTES) -> list[Problem]:
     if resource["kind"] == "EventStream":
-        return spec_guard.check_event_stream(resource["spec"], event_bytes=event_bytes)
+        rules = spec_guard.Rules(event_bytes)
+        return spec_guard.check_event_stream(resource["spec"], namespace="shop", rules=rules)
     return spec_guard.check_projection(resource["spec"])
 
 
@@ -42,9 +43,13 @@ def test_an_invalid_spec_is_refused_with_its_field(name: str) -> None:
     assert str(problems[0]).startswith(refused.field)
 
 
+def stream(**spec: Any) -> dict[str, Any]:
+    return {"kind": "EventStream", "spec": {"partitions": 1, **spec}}
+
+
 def topic(event_bytes: int = EVENT_BYTES, **config: str) -> list[Problem]:
     named = {name.replace("_", "."): value for name, value in config.items()}
-    return spec_guard.check_event_stream({"partitions": 1, "topic": {"config": named}}, event_bytes=event_bytes)
+    return check(stream(topic={"config": named}), event_bytes=event_bytes)
 
 
 @pytest.mark.parametrize(("message_bytes", "event_bytes"), [("700000", 512 * 1024), ("1048588", 1024 * 1024)])
@@ -63,7 +68,7 @@ def test_a_topic_for_small_events_may_be_small() -> None:
 
 def test_every_event_type_that_cannot_be_used_is_told_with_its_place() -> None:
     listed = [{"name": "Fine"}, {"name": "Bad", "schema": 7}, {"name": "P\0"}, {"name": "Null", "schema": None}]
-    problems = spec_guard.check_event_stream({"partitions": 1, "events": listed}, event_bytes=EVENT_BYTES)
+    problems = check(stream(events=listed))
     assert [problem.path for problem in problems] == [
         "spec.events[1].schema", "spec.events[2].name", "spec.events[3].schema",
     ]  # fmt: skip
@@ -71,10 +76,42 @@ def test_every_event_type_that_cannot_be_used_is_told_with_its_place() -> None:
 
 def test_a_schema_over_its_bound_is_refused() -> None:
     schema = {"description": "x" * 65536}
-    (problem,) = spec_guard.check_event_stream(
-        {"partitions": 1, "events": [{"name": "A", "schema": schema}]}, event_bytes=EVENT_BYTES
-    )
+    (problem,) = check(stream(events=[{"name": "A", "schema": schema}]))
     assert "at most 65536" in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("namespace", "name", "taken"),
+    [
+        ("shop", None, True),
+        ("shop", "shop.orders", True),
+        ("shop", "shopping.orders", False),
+        ("shop", "bank.orders", False),
+        ("shop", "legacy-orders", True),
+        ("shop", "old.orders", True),
+        ("bank", "legacy-orders", False),
+        ("bank", "public.rates", True),
+        ("bank", "bank.orders", True),
+        ("shop", "public.rates", False),
+    ],
+)
+def test_a_namespace_has_the_topics_that_begin_with_its_name_and_those_that_it_was_given(
+    namespace: str, name: str | None, taken: bool
+) -> None:
+    rules = spec_guard.Rules(topic_prefixes={"shop": ["legacy-", "old."], "*": ["public."]})
+    spec = {"partitions": 1, "topic": {} if name is None else {"name": name}}
+    problems = spec_guard.check_event_stream(spec, namespace=namespace, rules=rules)
+    assert [(one.path, one.reason) for one in problems] == ([] if taken else [("spec.topic.name", "TopicNotAllowed")])
+    assert taken or f"begin with {namespace}. or " in str(problems[0])
+    assert not spec_guard.check_event_stream(spec, namespace=namespace, rules=spec_guard.Rules())
+
+
+def test_a_namespace_that_nobody_works_in_is_told() -> None:
+    rules = spec_guard.Rules(namespaces=("shop", "bank"))
+    assert spec_guard.check_namespace("shop", rules) == []
+    assert spec_guard.check_namespace("any", spec_guard.Rules()) == []
+    (problem,) = spec_guard.check_namespace("shops", rules)
+    assert str(problem).startswith("metadata.namespace: Refold doesn't work in shops")
 
 
 def test_problems_of_the_definition_and_of_the_processes_are_told_together() -> None:

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from refold_operator.spec_guard import Rules
 from refold_operator.webhook.main import Webhook
 from refold_operator.webhook.review import NoReviewError, Outcome, Reviewer
 
@@ -30,8 +31,8 @@ async def nobody_knows(namespace: str, name: str) -> bool | None:
     return None
 
 
-def reviewer(exists: Any = there_are_all) -> Reviewer:
-    return Reviewer(event_bytes=512 * 1024, exists=exists)
+def reviewer(exists: Any = there_are_all, **rules: Any) -> Reviewer:
+    return Reviewer(Rules(**rules), exists=exists)
 
 
 def request(resource: dict[str, Any] | None, former: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:

@@ -83,6 +83,13 @@ readinessProbe:
   failureThreshold: 3
 {{- end }}
 
+{{- define "refold.tenantsEnv" -}}
+{{- with .Values.tenants.namespaces }}
+- {name: REFOLD_NAMESPACES, value: {{ toJson . | quote }}}
+{{- end }}
+- {name: REFOLD_TOPIC_PREFIXES, value: {{ toJson .Values.tenants.topicPrefixes | quote }}}
+{{- end }}
+
 {{- define "refold.storeAdminSecret" -}}
 {{- if .Values.embedded.enabled -}}
 refold-store-admin

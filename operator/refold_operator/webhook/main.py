@@ -102,7 +102,7 @@ async def run(settings: Settings) -> None:
     cluster = await Cluster.connect()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     keeper = Keeper(settings, cluster, context)
-    webhook = Webhook(Reviewer(event_bytes=settings.event_bytes, exists=Streams(cluster).exists))
+    webhook = Webhook(Reviewer(settings.rules, exists=Streams(cluster).exists))
     liveness = Liveness([])
     try:
         with (

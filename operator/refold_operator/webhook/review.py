@@ -8,6 +8,7 @@ field, so that kubectl shows both alike.
 
 import asyncio
 import datetime as dt
+import functools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -55,12 +56,12 @@ class Reviewer:
     """Answers AdmissionReviews.
 
     Args:
-        event_bytes: see `spec_guard.check_event_stream`.
+        rules: what the installation allows.
         exists: asked about a Projection's streams.
     """
 
-    def __init__(self, *, event_bytes: int, exists: Exists) -> None:
-        self._event_bytes = event_bytes
+    def __init__(self, rules: spec_guard.Rules, *, exists: Exists) -> None:
+        self._rules = rules
         self._exists = exists
         self._checks = asyncio.Semaphore(_CHECKS)
 
@@ -82,22 +83,25 @@ class Reviewer:
         if not isinstance(spec, dict):
             return _answered(request, kind, [Problem("spec", "InvalidField", "an object is missing here")], [])
 
-        problems = await self._check(kind, spec)
+        namespace = _namespace(request)
+        problems = await self._check(kind, namespace, spec)
         known: set[str] = set()
         if problems and isinstance(former := before.get("spec"), dict):
-            known = {str(problem) for problem in await self._check(kind, former)}
+            known = {str(problem) for problem in await self._check(kind, namespace, former)}
         refused = [problem for problem in problems if str(problem) not in known]
         warnings = [str(problem) for problem in problems if str(problem) in known]
         if kind == "Projection" and not problems:
-            warnings += await self._waits(_namespace(request), spec)
+            warnings += await self._waits(namespace, spec)
         return _answered(request, kind, refused, warnings)
 
-    async def _check(self, kind: str, spec: Mapping[str, Any]) -> list[Problem]:
+    async def _check(self, kind: str, namespace: str, spec: Mapping[str, Any]) -> list[Problem]:
+        elsewhere = spec_guard.check_namespace(namespace, self._rules)
+        check: Callable[[Mapping[str, Any]], list[Problem]] = spec_guard.check_projection
+        if kind == "EventStream":
+            check = functools.partial(spec_guard.check_event_stream, namespace=namespace, rules=self._rules)
         # In a thread, so that others are answered meanwhile.
         async with self._checks:
-            if kind == "EventStream":
-                return await asyncio.to_thread(spec_guard.check_event_stream, spec, event_bytes=self._event_bytes)
-            return await asyncio.to_thread(spec_guard.check_projection, spec)
+            return elsewhere + await asyncio.to_thread(check, spec)
 
     async def _waits(self, namespace: str, spec: Mapping[str, Any]) -> list[str]:
         """Return what a Projection that can work has to wait for."""

@@ -3,12 +3,13 @@
 import datetime as dt
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
+from refold_operator.tenants import TenantSettings
 from refold_operator.webhook.certificates import Lifetimes
 
 
-class Settings(BaseSettings):
+class Settings(TenantSettings):
     """What the webhook needs to know of its installation."""
 
     model_config = SettingsConfigDict(env_prefix="REFOLD_", hide_input_in_errors=True)
@@ -17,8 +18,6 @@ class Settings(BaseSettings):
     namespace: str
     #: The Service that the API server calls, also the name of the Secret and of the ValidatingWebhookConfiguration.
     webhook: str = "refold-webhook"
-    #: The most bytes of one event that the event store accepts (`eventstore.limits.eventBytes`); topics must take them.
-    event_bytes: int = Field(default=512 * 1024, ge=1024)
     #: Reviews, with TLS.
     review_port: int = 8443
     #: Probes and metrics.
