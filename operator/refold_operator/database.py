@@ -17,7 +17,9 @@ import psycopg_pool
 from psycopg import AsyncConnection
 from psycopg.conninfo import conninfo_to_dict
 
+from refold_operator.administrators import Login
 from refold_operator.calls import call
+from refold_operator.dsn import check
 from refold_operator.errors import BusyError, UnreachableError
 from refold_operator.guard import Guard, unguarded
 
@@ -46,17 +48,17 @@ _BUSY = ("55P03", "57014", "40", "53200")
 class Database:
     """A small pool of administrator's connections that survives restarts of the server."""
 
-    def __init__(self, dsn: str, what: str, *, guard: Guard = unguarded, process: str = _PROCESS) -> None:
-        """Use `dsn`.
+    def __init__(self, login: Login | str, what: str, *, guard: Guard = unguarded, process: str = _PROCESS) -> None:
+        """Use the database that `login` leads to now; its name stays the same, all else may change.
 
         Args:
-            dsn: of the administrator.
+            login: the administrator's.
             what: names the database in messages, such as `event store`.
             guard: called before each use of a connection.
             process: names the process that uses it, in at most 40 characters.
         """
-        parts = conninfo_to_dict(dsn)
-        self.dsn = dsn
+        self._login = login if callable(login) else lambda: login
+        parts = conninfo_to_dict(self._login())
         self._guard = guard
         self._session = f"{_APPLICATION} {process}"
         self._alone = False
@@ -65,7 +67,7 @@ class Database:
         self.name = str(parts["dbname"])
         self.system = f"the {what} (PostgreSQL database {self.name} at {parts['host']}:{parts.get('port', 5432)})"
         self._pool = psycopg_pool.AsyncConnectionPool(
-            dsn,
+            lambda: self.dsn,
             min_size=0,
             max_size=4,
             max_idle=60.0,
@@ -83,6 +85,24 @@ class Database:
                 "keepalives_count": 3,
             },
         )
+
+    @property
+    def dsn(self) -> str:
+        """The administrator's DSN as it is now.
+
+        Raises:
+            UnreachableError: it can't be read, or leads to a database of another name.
+        """
+        try:
+            found = self._login()
+            check(found)
+        except (OSError, ValueError) as error:
+            raise UnreachableError(self.system, f"the administrator's DSN can't be used: {error}") from None
+        if (name := str(conninfo_to_dict(found)["dbname"])) != self.name:
+            raise UnreachableError(
+                self.system, f"the administrator's DSN names another database now, {name}: restart the operator"
+            )
+        return found
 
     async def open(self) -> None:
         """Start the pool; no connection is needed yet."""

@@ -53,14 +53,13 @@ async def run(settings: Settings) -> None:
 async def _take_part(settings: Settings, election: Election) -> None:
     guard = election.check
     cluster = await Cluster.connect(guard=guard, namespaces=settings.everywhere)
-    store_database = Database(settings.store_admin_dsn.get_secret_value(), "event store", guard=guard)
-    read_database = Database(settings.readstore_admin_dsn.get_secret_value(), "read store", guard=guard)
+    store_database = Database(settings.store_admin, "event store", guard=guard)
+    read_database = Database(settings.readstore_admin, "read store", guard=guard)
     store, readstore = Store(store_database, event_bytes=settings.event_bytes), ReadStore(read_database)
     for brokers in (settings.brokers(), settings.projectors()):
         if brokers is not None:
             kafka.end_when_changed(brokers)
-    redis_url = settings.redis_admin_url
-    redis = RedisReadStores(cluster, admin_url=None if redis_url is None else redis_url.get_secret_value(), guard=guard)
+    redis = RedisReadStores(cluster, admin=settings.redis_admin, guard=guard)
     topics = Kafka(settings.brokers(), guard=guard)
     access = Access(settings, topics)
     installation = Installation(

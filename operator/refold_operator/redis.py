@@ -16,8 +16,10 @@ from refold.projection.readstore import NotFoundError, ProjectionStatus, Unavail
 from refold.projection.readstore.redis import RedisStore, prefix
 
 from refold_operator import credentials, dsn
+from refold_operator.administrators import Login
 from refold_operator.calls import measured
 from refold_operator.cluster import Cluster
+from refold_operator.dsn import check_redis
 from refold_operator.errors import ReconcileError
 from refold_operator.guard import Guard, unguarded
 from refold_operator.readstore import Logins
@@ -141,16 +143,17 @@ class SharedRedisReadStore(RedisReadStore):
 class RedisReadStores:
     """The Redis of each Projection that has one; a Redis keeps its connections between reconciles."""
 
-    def __init__(self, cluster: Cluster, *, admin_url: str | None, guard: Guard = unguarded) -> None:
+    def __init__(self, cluster: Cluster, *, admin: Login | None, guard: Guard = unguarded) -> None:
         """Nothing is asked yet.
 
         Args:
             cluster: holds the Secrets.
-            admin_url: of the installation's Redis, where it has one.
+            admin: the login at the installation's Redis, where it has one.
             guard: called before each request to a Redis.
         """
         self._cluster, self._guard = cluster, guard
-        self._shared = None if admin_url is None else SharedRedisReadStore(admin_url, guard=guard)
+        self._admin = admin
+        self._shared: dict[str, SharedRedisReadStore] = {}
         self._known: dict[str, RedisReadStore] = {}
 
     async def of(self, projection: Projection) -> RedisReadStore:
@@ -163,8 +166,7 @@ class RedisReadStores:
         reference = projection.spec.read_store.connection_ref
         store: RedisReadStore | None
         if reference is None:
-            store = self._shared
-            if store is None:
+            if self._admin is None:
                 raise ReconcileError(
                     "Ready",
                     NO_REDIS,
@@ -172,6 +174,7 @@ class RedisReadStores:
                     "connectionRef, which names a Secret with the URL of a Redis, or give the installation one "
                     "(the chart's redis.adminSecret, or embedded.enabled to try it out)",
                 )
+            store = self._of_the_installation(self._admin)
         else:
             url = await self._url(projection.metadata.namespace, reference.name)
             store = self._known.get(url)
@@ -182,8 +185,19 @@ class RedisReadStores:
 
     async def close(self) -> None:
         """Close all connections."""
-        for store in [*self._known.values(), *([] if self._shared is None else [self._shared])]:
+        for store in (*self._known.values(), *self._shared.values()):
             await store.close()
+
+    def _of_the_installation(self, admin: Login) -> SharedRedisReadStore:
+        """Return the installation's Redis; another one, with connections of its own, when the login has changed."""
+        try:
+            url = admin()
+            check_redis(url)
+        except (OSError, ValueError) as error:
+            raise UnavailableError(f"the administrator's URL of Redis can't be used: {error}") from None
+        if url not in self._shared:
+            self._shared[url] = SharedRedisReadStore(url, guard=self._guard)
+        return self._shared[url]
 
     async def _url(self, namespace: str, name: str) -> str:
         secret = await self._cluster.get("Secret", namespace, name)

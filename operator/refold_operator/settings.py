@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from psycopg.conninfo import conninfo_to_dict
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 from refold import kafka
 
-from refold_operator.dsn import check, check_redis
+from refold_operator.administrators import AdministratorSettings
 from refold_operator.tenants import TenantSettings
 
 
@@ -62,17 +61,11 @@ class AccessSettings(kafka.Settings):
         ).brokers()
 
 
-class Settings(AccessSettings, TenantSettings):
+class Settings(AccessSettings, AdministratorSettings, TenantSettings):
     """What the operator needs to know of its installation. Secrets never appear in logs or messages."""
 
     model_config = SettingsConfigDict(env_prefix="REFOLD_", hide_input_in_errors=True)
 
-    #: An administrator's DSN of the store's database: it installs schemas and makes roles.
-    store_admin_dsn: SecretStr
-    #: The same for the read store; it may be the same database.
-    readstore_admin_dsn: SecretStr
-    #: The URL of the Redis where Projections stand that choose one and name none; its user may make ACL users.
-    redis_admin_url: SecretStr | None = None
     #: The image of projectors and query services: the operator's own.
     image: str
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
@@ -92,30 +85,7 @@ class Settings(AccessSettings, TenantSettings):
     #: How often the projectors of Projections with `spec.projector.autoscaling` are looked at, in seconds.
     autoscaler_seconds: float = Field(default=5.0, gt=0)
 
-    @field_validator("store_admin_dsn", "readstore_admin_dsn")
-    @classmethod
-    def _is_a_dsn(cls, value: SecretStr) -> SecretStr:
-        check(value.get_secret_value())
-        return value
-
-    @field_validator("redis_admin_url")
-    @classmethod
-    def _is_of_a_redis(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None:
-            check_redis(value.get_secret_value())
-        return value
-
     @property
     def everywhere(self) -> list[str]:
         """The namespaces that the operator looks into: its own, where its Secrets are, too; empty: all."""
         return sorted({*self.namespaces, self.namespace}) if self.namespaces else []
-
-    @property
-    def store_database(self) -> str:
-        """Name of the store's database."""
-        return str(conninfo_to_dict(self.store_admin_dsn.get_secret_value())["dbname"])
-
-    @property
-    def readstore_database(self) -> str:
-        """Name of the read store's database."""
-        return str(conninfo_to_dict(self.readstore_admin_dsn.get_secret_value())["dbname"])

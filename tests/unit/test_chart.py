@@ -138,6 +138,20 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+def file_of(manifests: list[Manifest], variable: str) -> tuple[str, str]:
+    """Return Secret and key of a file that a variable of the operator names."""
+    pod = one(manifests, "Deployment", "refold-operator")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    (path,) = (each["value"] for each in container["env"] if each["name"] == variable)
+    folder, _, key = path.rpartition("/")
+    (mount,) = (each for each in container["volumeMounts"] if each["mountPath"] == folder)
+    assert mount["readOnly"]
+    assert "subPath" not in mount, "a change of the Secret wouldn't come through"
+    (secret,) = (each["secret"] for each in pod["volumes"] if each["name"] == mount["name"])
+    assert secret["defaultMode"] == 0o440
+    return secret["secretName"], key
+
+
 def kafka_of(manifests: list[Manifest], process: str) -> tuple[dict[str, str], dict[str, str]]:
     """Return what a process is told of Kafka: its variables, and its Secrets by folder."""
     pod = one(manifests, "Deployment", f"refold-{process}")["spec"]["template"]["spec"]
@@ -454,11 +468,10 @@ def test_backends_that_are_given_are_used() -> None:
     manifests = render(EXTERNAL)
     (operator,) = one(manifests, "Deployment", "refold-operator")["spec"]["template"]["spec"]["containers"]
     variables = {variable["name"]: variable for variable in operator["env"]}
-    secret = variables["REFOLD_STORE_ADMIN_DSN"]["valueFrom"]["secretKeyRef"]
-    read_secret = variables["REFOLD_READSTORE_ADMIN_DSN"]["valueFrom"]["secretKeyRef"]
-    assert (secret, read_secret) == ({"name": "my-store", "key": "dsn"}, {"name": "my-read-store", "key": "dsn"})
+    assert file_of(manifests, "REFOLD_STORE_ADMIN_DSN_FILE") == ("my-store", "dsn")
+    assert file_of(manifests, "REFOLD_READSTORE_ADMIN_DSN_FILE") == ("my-read-store", "dsn")
     assert variables["REFOLD_KAFKA_BOOTSTRAP"]["value"] == EXTERNAL["kafka"]["bootstrapServers"]
-    assert "REFOLD_REDIS_ADMIN_URL" not in variables
+    assert "REFOLD_REDIS_ADMIN_URL_FILE" not in variables
     assert not [m for m in manifests if m["kind"] in {"StatefulSet", "ConfigMap"}]
     assert {m["metadata"]["name"] for m in manifests if m["kind"] == "Secret"} == {"refold-webhook"}
 
@@ -494,9 +507,7 @@ def test_the_operator_alone_logs_in_to_redis_with_the_charts_password() -> None:
         "StatefulSet/refold-redis"
     ]
     given = render(merged(EXTERNAL, at("redis.adminSecret", "my-redis")))
-    (operator,) = one(given, "Deployment", "refold-operator")["spec"]["template"]["spec"]["containers"]
-    (url_from,) = [one["valueFrom"] for one in operator["env"] if one["name"] == "REFOLD_REDIS_ADMIN_URL"]
-    assert url_from == {"secretKeyRef": {"name": "my-redis", "key": "url"}}
+    assert file_of(given, "REFOLD_REDIS_ADMIN_URL_FILE") == ("my-redis", "url")
 
 
 def test_values_of_0_1_come_along_and_its_shared_token_is_refused_with_what_to_do() -> None:

@@ -805,6 +805,28 @@ class TestCredentials:
         assert wrong not in str(refused.value)
         assert "secret" not in str(refused.value)
 
+    def test_an_administrator_is_given_as_a_value_or_as_a_file(self, tmp_path: Path) -> None:
+        file = tmp_path / "dsn"
+        file.write_text("postgresql://a:b@db/store\n")
+        others = {
+            "kafka_bootstrap": "k",
+            "image": "i",
+            "namespace": "n",
+            "readstore_admin_dsn": "postgresql://a:b@db/read",
+        }
+        settings = Settings(store_admin_dsn_file=file, **others)  # type: ignore[arg-type]
+        assert settings.store_admin() == "postgresql://a:b@db/store"
+        file.write_text("postgresql://a:c@db/store")
+        assert settings.store_admin() == "postgresql://a:c@db/store"
+        assert settings.redis_admin is None
+        for both, said in (
+            ({}, "REFOLD_STORE_ADMIN_DSN is missing"),
+            ({"store_admin_dsn": "postgresql://a:b@db/store", "store_admin_dsn_file": file}, "not both"),
+            ({"store_admin_dsn_file": tmp_path / "none"}, "No such file"),
+        ):
+            with pytest.raises(ValidationError, match=said):
+                Settings(**both, **others)  # type: ignore[arg-type]
+
 
 @pytest.mark.parametrize(
     ("settings", "missing"),

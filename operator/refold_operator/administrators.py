@@ -1,0 +1,77 @@
+"""The administrators' logins at event store, read store and Redis: from the environment, or from files.
+
+A file is what the chart mounts of a Secret. It is read anew whenever a connection is made, so that a password which is
+changed there is taken over without a restart of the operator; the kubelet brings the change within about a minute.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+from pydantic import SecretStr, model_validator
+from pydantic_settings import BaseSettings
+
+from refold_operator.dsn import check, check_redis
+
+#: Returns the DSN (or URL, of a Redis) as it is now.
+#:
+#: Raises:
+#:     OSError: the file can't be read.
+Login = Callable[[], str]
+
+
+class AdministratorSettings(BaseSettings):
+    """How the operator logs in as administrator; of each pair one is given."""
+
+    #: An administrator's DSN of the store's database: it installs schemas and makes roles.
+    store_admin_dsn: SecretStr | None = None
+    store_admin_dsn_file: Path | None = None
+    #: The same for the read store; it may be the same database.
+    readstore_admin_dsn: SecretStr | None = None
+    readstore_admin_dsn_file: Path | None = None
+    #: The URL of the Redis where Projections stand that choose one and name none; its user may make ACL users.
+    redis_admin_url: SecretStr | None = None
+    redis_admin_url_file: Path | None = None
+
+    @property
+    def store_admin(self) -> Login:
+        """The login at the store's database."""
+        return _needed("store_admin_dsn", self.store_admin_dsn, self.store_admin_dsn_file)
+
+    @property
+    def readstore_admin(self) -> Login:
+        """The login at the read store's."""
+        return _needed("readstore_admin_dsn", self.readstore_admin_dsn, self.readstore_admin_dsn_file)
+
+    @property
+    def redis_admin(self) -> Login | None:
+        """The login at the installation's Redis, None where it has none."""
+        return _login("redis_admin_url", self.redis_admin_url, self.redis_admin_url_file)
+
+    @model_validator(mode="after")
+    def _are_logins(self) -> Self:
+        try:
+            for login in (self.store_admin, self.readstore_admin):
+                check(login())
+            if self.redis_admin is not None:
+                check_redis(self.redis_admin())
+        except OSError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
+def _login(name: str, value: SecretStr | None, file: Path | None) -> Login | None:
+    if value is not None and file is not None:
+        raise ValueError(f"give REFOLD_{name.upper()} or REFOLD_{name.upper()}_FILE, not both")
+    if value is not None:
+        return value.get_secret_value
+    if file is not None:
+        return lambda: file.read_text().strip()
+    return None
+
+
+def _needed(name: str, value: SecretStr | None, file: Path | None) -> Login:
+    login = _login(name, value, file)
+    if login is None:
+        raise ValueError(f"REFOLD_{name.upper()} is missing, or REFOLD_{name.upper()}_FILE, a file that holds it")
+    return login
