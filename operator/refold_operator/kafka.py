@@ -6,10 +6,13 @@ at the same time ask of topics goes in one request (`batching`).
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
+import time
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import structlog
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import (
     AclBinding,
@@ -28,14 +31,18 @@ from confluent_kafka.admin import (
     UserScramCredentialDeletion,
     UserScramCredentialUpsertion,
 )
-from refold.kafka import Brokers
+from refold.kafka import Brokers, CredentialsError
 
 from refold_operator.batching import Batch
 from refold_operator.calls import measured
 from refold_operator.errors import ForbiddenError, UnreachableError
 from refold_operator.guard import Guard, unguarded
 
+_log = structlog.get_logger(__name__)
+
 _TIMEOUT_SECONDS = 15.0
+#: Seconds between two looks at the files of the credentials.
+_LOOK_SECONDS = 10.0
 #: Topics in one request, at most.
 _TOPICS = 100
 # What a broker answers about the request itself; everything else is an outage or a change of leaders that passes.
@@ -102,11 +109,33 @@ class Kafka:
         self._guard = guard
         self._system = f"Kafka at {brokers.bootstrap}"
         self._brokers = brokers
-        self._admin = AdminClient({**brokers.config(), "client.id": "refold-operator"})
+        self._looked_at, self._fingerprint = time.monotonic(), brokers.fingerprint()
+        self._client = self._former = self._connect()
         self._clusters = Batch(self._look_at_cluster, most=1)
         self._looks = Batch(self._look, most=_TOPICS)
         self._creations = Batch(self._create, most=_TOPICS)
         self._changes = Batch(self._configure, most=_TOPICS)
+
+    def _connect(self) -> AdminClient:
+        return AdminClient({**self._brokers.config(), "client.id": "refold-operator"})
+
+    @property
+    def _admin(self) -> AdminClient:
+        """The client: another one when the credentials' files have changed, which librdkafka reads once.
+
+        The former one stays until the next change, so that what it was asked is answered.
+        """
+        now = time.monotonic()
+        if now - self._looked_at >= _LOOK_SECONDS:
+            self._looked_at = now
+            found = self._brokers.fingerprint()
+            if found != self._fingerprint:
+                # without credentials, as while somebody writes them, the one there is goes on
+                with contextlib.suppress(CredentialsError):
+                    self._former, self._client = self._client, self._connect()
+                    self._fingerprint = found
+                    _log.info("Kafka's credentials have changed; the operator logs in with the new ones")
+        return self._client
 
     async def cluster_id(self) -> str:
         """Return the cluster's id, which no other cluster has."""

@@ -7,7 +7,7 @@ import signal
 
 import kopf
 import structlog
-from refold import kafka, logs
+from refold import logs
 from refold.web.probes import Probes
 
 from refold_operator import handlers
@@ -56,9 +56,6 @@ async def _take_part(settings: Settings, election: Election) -> None:
     store_database = Database(settings.store_admin, "event store", guard=guard)
     read_database = Database(settings.readstore_admin, "read store", guard=guard)
     store, readstore = Store(store_database, event_bytes=settings.event_bytes), ReadStore(read_database)
-    for brokers in (settings.brokers(), settings.projectors()):
-        if brokers is not None:
-            kafka.end_when_changed(brokers)
     redis = RedisReadStores(cluster, admin=settings.redis_admin, guard=guard)
     topics = Kafka(settings.brokers(), guard=guard)
     access = Access(settings, topics)

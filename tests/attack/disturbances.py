@@ -18,14 +18,17 @@ from tests.network import Cut
 
 #: Disturbances that go on at the same time, each of another victim.
 AT_ONCE = 2
+#: The longest rest of a victim.
+_REST_SECONDS = 60.0
 
 
 @dataclass
 class Victim:
     """What something can happen to, one thing at a time; `gone`: nothing will any more.
 
-    After each it is left alone for as long as that took, until `rests_until` (monotonic seconds): a broker that takes a
-    minute to start on a busy machine would else be away all the time, and nothing would be attacked but patience.
+    After each it is left alone for as long as that took, a minute at most, until `rests_until` (monotonic seconds): a
+    broker that takes a minute to start on a busy machine would else be away all the time, and nothing would be attacked
+    but patience.
     """
 
     name: str
@@ -183,7 +186,8 @@ class Disturber:
             self._note("begins", disturbance, victim)
             began = time.monotonic()
             disturbance.kind.act(victim, disturbance.seconds)
-            victim.rests_until = 2 * time.monotonic() - began
+            now = time.monotonic()
+            victim.rests_until = now + min(now - began, _REST_SECONDS)
             self._note("is over", disturbance, victim)
         self.happened[disturbance.kind] += 1
         return True

@@ -37,7 +37,7 @@ from refold.relay.producer import AbortedError, LostError, TransactionalProducer
 from refold.relay.topics import Topics
 from refold_operator import access, credentials, eventstream, resources
 from refold_operator.access import Access
-from refold_operator.errors import ForbiddenError
+from refold_operator.errors import ForbiddenError, UnreachableError
 from refold_operator.kafka import Kafka
 from refold_operator.settings import AccessSettings
 
@@ -615,6 +615,26 @@ def test_what_keeps_the_operator_out_is_the_streams_condition(world: World, monk
     forbidden, message = reason(world.login("stranger"))
     assert forbidden == "KafkaForbidden"
     assert "docs/kafka-security.md" in message
+
+
+def test_the_operator_takes_over_a_password_that_was_changed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refold_operator.kafka._TIMEOUT_SECONDS", 5.0)
+    monkeypatch.setattr("refold_operator.kafka._LOOK_SECONDS", 0.0)
+    login = world.login("operator")
+    kafka = Kafka(Settings(**login).brokers())
+
+    async def rotate() -> None:
+        assert await kafka.topic(world.orders.topic) is not None
+        file = login["kafka_credentials"] / "password"
+        file.unlink()
+        assert await kafka.topic(world.orders.topic) is not None, "nobody has written the new one yet"
+        file.write_text("wrong")
+        with pytest.raises(UnreachableError, match="authentication failed"):
+            await kafka.topic(world.orders.topic)
+        file.write_text(PASSWORD)
+        assert await kafka.topic(world.orders.topic) is not None
+
+    asyncio.run(rotate())
 
 
 @pytest.mark.skipif(kubernetes_api.programs() is None, reason="no kube-apiserver and etcd in the cache: see hack/kind")
