@@ -161,7 +161,7 @@ def kafka_of(manifests: list[Manifest], process: str) -> tuple[dict[str, str], d
     mounts = {
         mount["mountPath"]: secrets[mount["name"]]["secretName"]
         for mount in container["volumeMounts"]
-        if mount["name"] in secrets
+        if mount["name"] in secrets and mount["mountPath"].startswith("/etc/refold/kafka/")
     }
     variables = {
         variable["name"].removeprefix("REFOLD_KAFKA_"): variable["value"]
