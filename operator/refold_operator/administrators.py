@@ -21,7 +21,7 @@ Login = Callable[[], str]
 
 
 class AdministratorSettings(BaseSettings):
-    """How the operator logs in as administrator; of each pair one is given."""
+    """How the operator logs in as administrator: by a value, or by the file that holds it, which counts if both are."""
 
     #: An administrator's DSN of the store's database: it installs schemas and makes roles.
     store_admin_dsn: SecretStr | None = None
@@ -46,7 +46,7 @@ class AdministratorSettings(BaseSettings):
     @property
     def redis_admin(self) -> Login | None:
         """The login at the installation's Redis, None where it has none."""
-        return _login("redis_admin_url", self.redis_admin_url, self.redis_admin_url_file)
+        return _login(self.redis_admin_url, self.redis_admin_url_file)
 
     @model_validator(mode="after")
     def _are_logins(self) -> Self:
@@ -60,18 +60,16 @@ class AdministratorSettings(BaseSettings):
         return self
 
 
-def _login(name: str, value: SecretStr | None, file: Path | None) -> Login | None:
-    if value is not None and file is not None:
-        raise ValueError(f"give REFOLD_{name.upper()} or REFOLD_{name.upper()}_FILE, not both")
-    if value is not None:
-        return value.get_secret_value
+def _login(value: SecretStr | None, file: Path | None) -> Login | None:
+    # The file counts where both are there: so it is in an upgrade after a rollback that failed, as Helm then leaves
+    # the former release's variable in the Deployment.
     if file is not None:
         return lambda: file.read_text().strip()
-    return None
+    return None if value is None else value.get_secret_value
 
 
 def _needed(name: str, value: SecretStr | None, file: Path | None) -> Login:
-    login = _login(name, value, file)
+    login = _login(value, file)
     if login is None:
         raise ValueError(f"REFOLD_{name.upper()} is missing, or REFOLD_{name.upper()}_FILE, a file that holds it")
     return login

@@ -819,13 +819,14 @@ class TestCredentials:
         file.write_text("postgresql://a:c@db/store")
         assert settings.store_admin() == "postgresql://a:c@db/store"
         assert settings.redis_admin is None
-        for both, said in (
+        both = {"store_admin_dsn": "postgresql://a:b@db/other", "store_admin_dsn_file": file}
+        assert Settings(**both, **others).store_admin() == "postgresql://a:c@db/store"  # type: ignore[arg-type]
+        for given, said in (
             ({}, "REFOLD_STORE_ADMIN_DSN is missing"),
-            ({"store_admin_dsn": "postgresql://a:b@db/store", "store_admin_dsn_file": file}, "not both"),
             ({"store_admin_dsn_file": tmp_path / "none"}, "No such file"),
         ):
             with pytest.raises(ValidationError, match=said):
-                Settings(**both, **others)  # type: ignore[arg-type]
+                Settings(**given, **others)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
