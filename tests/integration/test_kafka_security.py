@@ -46,7 +46,7 @@ from hack.servers.callers import get
 from hack.servers.certificates import Authority
 from hack.servers.kubernetes_api import ApiServer
 from hack.servers.platform import Platform, Service
-from tests.integration import test_operator_process as cluster
+from tests import operating as cluster
 from tests.integration.test_consumer_example import Example
 
 KEY = b"k" * credentials.KEY_BYTES

@@ -13,18 +13,8 @@ import pytest
 
 from hack.servers import Kafka, Postgres
 from hack.servers.kubernetes_api import ApiServer
-from tests.integration.test_operator_process import (
-    Operator,
-    Positions,
-    api,
-    event_stream,
-    live,
-    projection,
-    pytestmark,
-    roll_out,
-    serves,
-    until,
-)
+from tests.integration.test_operator_process import Positions, api, pytestmark
+from tests.operating import Operator, event_stream, live, projection, roll_out, serves, until
 
 __all__ = ["api", "pytestmark"]
 

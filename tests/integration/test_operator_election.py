@@ -22,8 +22,7 @@ from refold_operator.settings import Settings
 
 from hack.servers import Kafka, Postgres, kubernetes_api
 from hack.servers.kubernetes_api import ApiServer
-from tests.integration import test_operator_process as cluster
-from tests.integration.test_operator_process import Operator, becomes, event_stream, projection, until
+from tests.operating import Operator, api_server, becomes, event_stream, projection, until
 
 NAMESPACE, LEASE = "refold-system", ("lease", "refold-operator", "-n", "refold-system")
 DEFAULT_SECONDS = Settings.model_fields["lease_seconds"].default
@@ -37,12 +36,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def api() -> Iterator[ApiServer]:
-    server = ApiServer()
-    server.start()
-    server.kubectl("apply", "-f", str(cluster.ROOT / "crds"))
-    for namespace in (NAMESPACE, "shop"):
-        server.kubectl("create", "namespace", namespace)
-    server.apply(cluster.QUERY_BINDING)
+    server = api_server("shop")
     yield server
     server.remove()
 

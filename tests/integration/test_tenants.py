@@ -9,8 +9,7 @@ import yaml
 from hack.servers import Kafka, Postgres, kubernetes_api
 from hack.servers.kubernetes_api import ApiServer
 from tests.charts import EMBEDDED, NAMESPACE, at, merged, render
-from tests.integration import test_operator_process as cluster
-from tests.integration.test_operator_process import Operator, becomes, event_stream, live, names, projection, ready
+from tests.operating import ROOT, Operator, becomes, event_stream, live, names, projection, ready, until
 
 TENANTS = ["bank", "shop"]
 PREFIXES = '{"shop": ["legacy-"]}'
@@ -24,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     server = ApiServer()
     server.start()
-    server.kubectl("apply", "-f", str(cluster.ROOT / "crds"))
+    server.kubectl("apply", "-f", str(ROOT / "crds"))
     for namespace in (NAMESPACE, "elsewhere", *TENANTS):
         server.kubectl("create", "namespace", namespace)
     rights = ("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding")
@@ -91,5 +90,5 @@ def test_a_topic_that_is_for_another_namespace_isnt_made(api: ApiServer, operato
 
 def test_a_deletion_ends_and_a_child_that_is_gone_is_made_again(api: ApiServer, operator: Operator) -> None:
     api.kubectl("delete", "service", "status-query", "-n", "shop")
-    cluster.until(lambda: "status-query" in names(api, "services", "shop"))
+    until(lambda: "status-query" in names(api, "services", "shop"))
     api.kubectl("delete", "projection/status", "eventstream/orders", "-n", "shop", "--timeout=60s")
