@@ -63,7 +63,7 @@ ATTACK_LOG := docs/attack/$(shell date -u +%Y-%m-%d).log
 ATTACKS := $(addprefix tests/integration/test_eventstore_,model.py description.py fuzz.py)
 
 .PHONY: attack
-attack: venv servers ## Attack each invariant at length (about 40 minutes); the log goes to docs/attack/
+attack: venv servers ## Attack each invariant at length (about an hour); the log goes to docs/attack/
 	@rm -f $(ATTACK_LOG)
 	REFOLD_DISTURBANCES=112 REFOLD_ATTACK_LOG=$(ATTACK_LOG) $(PYTEST) -v tests/attack
 	REFOLD_EXAMPLES=400 $(PYTEST) -v $(ATTACKS) 2>&1 | tee /dev/stderr | tail -n 1 | tr -d '=' | \

@@ -73,10 +73,15 @@ class Operator:
         self._log = Path(tempfile.mkdtemp(prefix="refold-operator-")) / "log"
         self._process = self._made()
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Return the variables that make a process one of this installation."""
+        return {**self._environment, "REFOLD_PORT": str(self.port)}
+
     def _made(self, **more: str) -> Process:
         return Process(
             [sys.executable, "-c", "from refold.cli.main import app; app()", "operator"], self._log,
-            env={**self._environment, "REFOLD_PORT": str(self.port), **more},
+            env={**self.environment, **more},
         )  # fmt: skip
 
     def restart(self, **more: str) -> None:

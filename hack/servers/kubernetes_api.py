@@ -108,6 +108,10 @@ class ApiServer:
         """Stop the API server; its data stays."""
         self._server.stop()
 
+    def kill_server(self) -> None:
+        """Kill with -9 the API server; its data stays."""
+        self._server.kill()
+
     def remove(self) -> None:
         """Kill both and delete their data."""
         self._server.kill()

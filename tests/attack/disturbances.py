@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
-from hack.servers import Kafka, Postgres, Redis
 from hack.servers.platform import Service
 from tests.network import Cut
 
@@ -37,11 +37,19 @@ class Victim:
     gone: bool = field(default=False, kw_only=True)
 
 
+class Startable(Protocol):
+    """A server that comes back with its data."""
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def kill(self) -> None: ...
+
+
 @dataclass
 class Server(Victim):
-    """PostgreSQL, Kafka or Redis."""
+    """PostgreSQL, Kafka, Redis or an API server."""
 
-    process: Postgres | Kafka | Redis
+    process: Startable
 
 
 @dataclass
