@@ -15,6 +15,7 @@ from typing import NamedTuple
 import structlog
 
 from refold_operator import metrics
+from refold_operator.errors import UnreachableError
 
 _log = structlog.get_logger()
 
@@ -178,6 +179,10 @@ class WorkQueue:
         try:
             async with asyncio.timeout(RUN_SECONDS):
                 return await run(key)
+        except UnreachableError as error:
+            # The API server; of other backends a reconcile tells the resource's status.
+            _log.info("reconcile failed: no resource can be read or its status written", why=str(error))
+            return Outcome(failed=True, reason="KubernetesUnreachable", message=str(error))
         except Exception as error:  # noqa: BLE001 - the last guard: a defect in one resource must not stop the others
             _log.exception("reconcile failed unexpectedly")
             return Outcome(failed=True, reason=type(error).__name__, message=f"{type(error).__name__}: {error}")

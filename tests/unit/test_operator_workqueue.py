@@ -7,6 +7,7 @@ import pytest
 import structlog
 from prometheus_client import REGISTRY
 from refold_operator import workqueue
+from refold_operator.errors import UnreachableError
 from refold_operator.workqueue import Key, Outcome, WorkQueue, backoff
 
 A, B = Key("EventStream", "shop", "a"), Key("EventStream", "shop", "b")
@@ -119,6 +120,17 @@ async def test_a_defect_in_one_resource_is_retried_and_stops_no_other() -> None:
         await until(lambda: runs.keys == [A, B, A])
 
     await working(queue, 1, body)
+
+
+async def test_an_outage_of_the_api_server_is_told_as_such_and_is_no_defect() -> None:
+    queue = WorkQueue(Runs(UnreachableError("the Kubernetes API", "connection refused"), KeyError("defect")))
+    with structlog.testing.capture_logs() as logs:
+        outage = await queue.now(A, queue._reconcile)
+        defect = await queue.now(A, queue._reconcile)
+    assert (outage.failed, outage.reason) == (True, "KubernetesUnreachable")
+    assert (defect.failed, defect.reason) == (True, "KeyError")
+    assert [log["log_level"] for log in logs] == ["info", "error"]
+    assert "connection refused" in logs[0]["why"]
 
 
 async def test_what_is_due_later_waits_and_an_earlier_cause_wins() -> None:
