@@ -6,6 +6,7 @@ come before a run begin it once, and a cause that comes during a run begins anot
 
 import asyncio
 import dataclasses
+import heapq
 import random
 import secrets
 import time
@@ -71,6 +72,10 @@ class WorkQueue:
         """Run `reconcile`; it raises only on defects and API outages, both retried."""
         self._reconcile = reconcile
         self._due: dict[Key, float] = {}
+        #: The keys of `_due` that aren't running, first that which is due first; and entries that no longer hold.
+        self._order: list[tuple[float, Key]] = []
+        #: Keys that became due while they ran.
+        self._held_up: set[Key] = set()
         self._failures: dict[Key, int] = {}
         self._locks: dict[Key, asyncio.Lock] = {}
         self._changed = asyncio.Event()
@@ -82,7 +87,7 @@ class WorkQueue:
         due = time.monotonic() + after
         if key not in self._due or due < self._due[key]:
             self._due[key] = due
-            self._changed.set()
+            self._line_up(key)
 
     def forget(self, key: Key) -> None:
         """Drop what is kept of a resource that is gone."""
@@ -114,42 +119,55 @@ class WorkQueue:
         return None
 
     async def work(self, workers: int) -> None:
-        """Run keys as they become due, until cancelled."""
+        """Run keys as they become due, up to `workers` at the same time, until cancelled."""
         metrics.QUEUED.set_function(self._waiting)
+        free = asyncio.Semaphore(workers)
         async with asyncio.TaskGroup() as group:
-            for _ in range(workers):
-                group.create_task(self._worker())
+            while True:
+                await free.acquire()
+                running = group.create_task(self._work_on(await self._next()))
+                running.add_done_callback(lambda _: free.release())
 
-    async def _worker(self) -> None:
-        while True:
-            key = await self._next()
-            lock = self._locks.setdefault(key, asyncio.Lock())
-            async with lock:
-                outcome = await self._run(key, self._reconcile)
-            if outcome.failed:
-                self._failures[key] = self._failures.get(key, 0) + 1
-                self.add(key, after=backoff(self._failures[key]) if outcome.again is None else outcome.again)
-            else:
-                self._failures.pop(key, None)
-                if outcome.again is not None:
-                    self.add(key, after=outcome.again)
-                elif key not in self._due:
-                    self.forget(key)
+    async def _work_on(self, key: Key) -> None:
+        async with self._locks.setdefault(key, asyncio.Lock()):
+            outcome = await self._run(key, self._reconcile)
+        if outcome.failed:
+            self._failures[key] = self._failures.get(key, 0) + 1
+            self.add(key, after=backoff(self._failures[key]) if outcome.again is None else outcome.again)
+        else:
+            self._failures.pop(key, None)
+            if outcome.again is not None:
+                self.add(key, after=outcome.again)
+            elif key not in self._due:
+                self.forget(key)
+
+    def _line_up(self, key: Key) -> None:
+        """Put a key of `_due` where it stands by its time."""
+        heapq.heappush(self._order, (self._due[key], key))
+        if len(self._order) > 2 * len(self._due) + 100:
+            self._order = [(due, one) for one, due in self._due.items() if one not in self._held_up]
+            heapq.heapify(self._order)
+        self._changed.set()
 
     async def _next(self) -> Key:
         """Return the key that has been due longest and isn't running, and take it out."""
         while True:
             self._changed.clear()
-            free = [
-                (due, key) for key, due in self._due.items() if key not in self._locks or not self._locks[key].locked()
-            ]
             wait = None
-            if free:
-                due, key = min(free)
-                if due <= time.monotonic():
-                    del self._due[key]
-                    return key
-                wait = due - time.monotonic()
+            while self._order:
+                due, key = self._order[0]
+                holds = self._due.get(key) == due
+                if holds and due > time.monotonic():
+                    wait = due - time.monotonic()
+                    break
+                heapq.heappop(self._order)
+                if not holds:
+                    continue
+                if key in self._locks and self._locks[key].locked():
+                    self._held_up.add(key)
+                    continue
+                del self._due[key]
+                return key
             try:
                 async with asyncio.timeout(wait):
                     await self._changed.wait()
@@ -167,7 +185,10 @@ class WorkQueue:
                 outcome = await self._guarded(key, run)
         finally:
             del self._began[key]
-            self._changed.set()
+            if key in self._held_up:
+                self._held_up.discard(key)
+                if key in self._due:
+                    self._line_up(key)
         metrics.RECONCILIATIONS.labels(key.kind).inc()
         if outcome.failed:
             metrics.FAILURES.labels(key.kind, outcome.reason).inc()

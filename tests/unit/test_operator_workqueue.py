@@ -1,6 +1,8 @@
 """The work queue: one run at a time a resource, causes merged, failures retried with back-off."""
 
 import asyncio
+import random
+import time
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -97,6 +99,98 @@ async def test_different_resources_run_at_the_same_time() -> None:
         runs.hold.set()
 
     await working(queue, 2, body)
+
+
+async def test_what_has_been_due_longest_runs_first_and_a_later_time_gives_way_to_an_earlier_one() -> None:
+    runs = Runs()
+    queue = WorkQueue(runs)
+    keys = [Key("EventStream", "shop", str(number)) for number in range(300)]
+    for key in keys:
+        queue.add(key, after=30)
+    for place, key in enumerate(reversed(keys)):
+        queue.add(key, after=-1 + place / 1000)
+        queue.add(key, after=20)
+
+    async def body() -> None:
+        await until(lambda: len(runs.keys) == len(keys))
+        await asyncio.sleep(0.02)
+        assert runs.keys == keys[::-1]
+
+    await working(queue, 1, body)
+
+
+async def test_a_resource_that_became_due_while_it_ran_takes_no_worker_from_others() -> None:
+    runs = Runs()
+    queue = WorkQueue(runs)
+    runs.hold.clear()
+    queue.add(A)
+
+    async def body() -> None:
+        await until(lambda: runs.now == 1)
+        queue.add(A)
+        await asyncio.sleep(0.02)
+        queue.add(B)
+        await until(lambda: runs.now == 2)
+        assert runs.keys == [A, B]
+        runs.hold.set()
+        await until(lambda: runs.keys == [A, B, A])
+
+    await working(queue, 2, body)
+
+
+async def test_what_waits_behind_a_resource_that_runs_and_is_forgotten_does_not_run() -> None:
+    runs = Runs()
+    queue = WorkQueue(runs)
+    runs.hold.clear()
+    queue.add(A)
+
+    async def body() -> None:
+        await until(lambda: runs.now == 1)
+        queue.add(A)
+        await asyncio.sleep(0.02)
+        queue.forget(A)
+        runs.hold.set()
+        queue.add(B)
+        await until(lambda: runs.keys == [A, B])
+        await asyncio.sleep(0.02)
+        assert runs.keys == [A, B]
+
+    await working(queue, 2, body)
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_after_each_cause_a_run_begins_whatever_runs_and_is_finalized_meanwhile(seed: int) -> None:
+    chance = random.Random(seed)
+    keys = [Key("EventStream", "shop", str(number)) for number in range(6)]
+    began, running = dict.fromkeys(keys, 0.0), set[Key]()
+
+    async def reconcile(key: Key) -> Outcome:
+        assert key not in running, "one run at a time a resource"
+        running.add(key)
+        began[key] = time.monotonic()
+        await asyncio.sleep(chance.choice([0, 0, 0.002]))
+        running.remove(key)
+        return Outcome(failed=chance.random() < 0.2, again=chance.choice([None, 0, 0.001, 60]))
+
+    queue = WorkQueue(reconcile)
+
+    async def body() -> None:
+        for _ in range(150):
+            key = chance.choice(keys)
+            queue.add(key, after=chance.choice([0, 0.001, 60]))
+            if chance.random() < 0.3:
+                await queue.now(key, reconcile)
+            await asyncio.sleep(chance.choice([0, 0, 0.001]))
+            caused = time.monotonic()
+            queue.add(key)
+            if chance.random() < 0.3:
+                await until(lambda key=key, caused=caused: began[key] >= caused)  # type: ignore[misc]
+        caused = time.monotonic()
+        for key in keys:
+            queue.add(key)
+        await until(lambda: all(began[key] >= caused for key in keys))
+
+    await working(queue, 3, body)
 
 
 @pytest.mark.parametrize("failure", [Outcome(failed=True, again=0.01), Outcome(again=0.01)])
