@@ -155,9 +155,9 @@ class Cluster:
             body["preconditions"] = {"uid": uid}
         await self._request("DELETE", kind, namespace, name, body=body, missing_ok=True)
 
-    async def patch_status(self, kind: str, namespace: str, name: str, patch: Mapping[str, Any]) -> None:
-        """Merge `patch` into an object's status; an object that is gone is no error."""
-        await self._request(
+    async def patch_status(self, kind: str, namespace: str, name: str, patch: Mapping[str, Any]) -> Object | None:
+        """Merge `patch` into an object's status, and return the object, None where it is gone."""
+        return await self._request(
             "PATCH", kind, namespace, f"{name}/status",
             query={"fieldManager": MANAGER}, body={"status": patch},
             content_type="application/merge-patch+json", missing_ok=True,

@@ -25,6 +25,8 @@ from refold_operator.guard import Guard, unguarded
 
 _CONNECT_SECONDS = 5
 _WAIT_SECONDS = 6.0
+#: At most. Batches take one each; a swap of versions may hold one for 2 s.
+_CONNECTIONS = 12
 _STATEMENT_SECONDS = 60
 _APPLICATION = "refold-operator"
 #: Tells this process' sessions from others'.
@@ -63,13 +65,14 @@ class Database:
         self._session = f"{_APPLICATION} {process}"
         self._alone = False
         self._ending = asyncio.Lock()
+        self._free = asyncio.Semaphore(_CONNECTIONS)
         self._backend = what.replace(" ", "")
         self.name = str(parts["dbname"])
         self.system = f"the {what} (PostgreSQL database {self.name} at {parts['host']}:{parts.get('port', 5432)})"
         self._pool = psycopg_pool.AsyncConnectionPool(
             lambda: self.dsn,
             min_size=0,
-            max_size=4,
+            max_size=_CONNECTIONS,
             max_idle=60.0,
             timeout=_WAIT_SECONDS,
             reconnect_timeout=_WAIT_SECONDS,
@@ -121,9 +124,11 @@ class Database:
         Raises:
             UnreachableError: the server is away, refuses the connection, or broke off what was under way.
         """
-        with call(self._backend, refused=psycopg.Error):
-            async with self._connection() as connection:
-                yield connection
+        # To wait for what this process does itself is no outage, and isn't the pool's time.
+        async with self._free:
+            with call(self._backend, refused=psycopg.Error):
+                async with self._connection() as connection:
+                    yield connection
 
     @contextlib.asynccontextmanager
     async def _connection(self) -> AsyncIterator[AsyncConnection[Any]]:

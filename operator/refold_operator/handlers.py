@@ -4,20 +4,25 @@ kopf brings watch streams, their restarts, the finalizer, and the order in which
 to be done is decided by `Controller`, from what is there and not from what has changed.
 """
 
+import asyncio
 from typing import Any
 
 import aiohttp
 import kopf
 
 from refold_operator.children import COMPONENT_LABEL, MANAGED, PROJECTION_LABEL, STREAM_LABEL
-from refold_operator.cluster import GROUP, VERSION
+from refold_operator.cluster import GROUP, VERSION, Object
 from refold_operator.controller import Controller
 from refold_operator.installation import Installation
 from refold_operator.resources import FINALIZER
+from refold_operator.watched import Watched
 from refold_operator.watches import Watches
 from refold_operator.workqueue import Key
 
 _PREFIX = "operator.refold.dev"
+#: How many of kopf's own changes are under way at the same time. Without a limit, many new resources would open a
+#: connection each, whose handshakes cost more than the requests.
+_CHANGES = 16
 _CHILDREN = (
     ("apps", "v1", "deployments"),
     ("", "v1", "services"),
@@ -26,12 +31,25 @@ _CHILDREN = (
 )
 
 
+class _NoDifferences(kopf.DiffBaseStorage):
+    """Tells kopf that no object has ever changed, so that it writes no annotations: `Watched` tells what is new."""
+
+    def build(self, *, body: kopf.Body, extra_fields: Any = None) -> kopf.BodyEssence:  # noqa: ARG002 - kopf's form
+        return kopf.BodyEssence({})
+
+    def fetch(self, *, body: kopf.Body) -> kopf.BodyEssence:
+        return self.build(body=body)
+
+    def store(self, *, body: kopf.Body, patch: kopf.Patch, essence: kopf.BodyEssence) -> None:
+        """Keep nothing."""
+
+
 def settings() -> kopf.OperatorSettings:
     """Return kopf's settings."""
     result = kopf.OperatorSettings()
     result.persistence.finalizer = FINALIZER
     result.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=_PREFIX, v1=False)
-    result.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=_PREFIX, v1=False)
+    result.persistence.diffbase_storage = _NoDifferences()
     result.peering.standalone = True  # kopf runs only where the Lease is held (`election`)
     result.scanning.disabled = True  # the CRDs are there before kopf starts, so no rights on CRDs and namespaces
     result.posting.enabled = False  # the controller writes Events itself: one a change of outcome
@@ -51,11 +69,14 @@ async def log_in(memo: Any, **known: Any) -> kopf.AiohttpSession:
     """Let kopf's own requests (finalizers, annotations) pass the guard as all others do."""
     found = kopf.login_via_client(**known)
     assert found is not None, "the client's package is there"
+    changes = asyncio.Semaphore(_CHANGES)
 
     async def guarded(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-        if request.method != "GET":
-            memo.guard()
-        return await send(request)
+        if request.method == "GET":
+            return await send(request)
+        async with changes:
+            memo.guard()  # after the waiting
+            return await send(request)
 
     session = aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, ssl=found.as_ssl_context()),
@@ -68,34 +89,26 @@ async def log_in(memo: Any, **known: Any) -> kopf.AiohttpSession:
 
 @kopf.on.event(GROUP, VERSION, "eventstreams")
 @kopf.on.event(GROUP, VERSION, "projections")
-async def seen(memo: Any, type: str | None, uid: str, body: Any, **_: Any) -> None:  # noqa: A002 - kopf's name
-    """A watch has brought an EventStream or Projection."""
+async def seen(memo: Any, type: str | None, event: Any, **_: Any) -> None:  # noqa: A002 - kopf's name
+    """A watch has brought an EventStream or Projection: one that was there at the start, was changed or has gone."""
+    body: Object = event["object"]
+    metadata = body["metadata"]
     watches: Watches = memo.watches
-    watches.seen(uid, body["metadata"]["generation"], deleted=type == "DELETED")
-
-
-@kopf.on.resume(GROUP, VERSION, "eventstreams")
-@kopf.on.create(GROUP, VERSION, "eventstreams")
-@kopf.on.update(GROUP, VERSION, "eventstreams")
-async def event_stream_changed(memo: Any, namespace: str | None, name: str, **_: Any) -> None:
-    """An EventStream was there at the start, or was created or changed."""
+    watched: Watched = memo.watched
     controller: Controller = memo.controller
-    controller.queue.add(_key("EventStream", namespace, name))
+    key = _key(body["kind"], metadata["namespace"], metadata["name"])
+    watches.seen(metadata["uid"], metadata["generation"], deleted=type == "DELETED")
+    if type == "DELETED":
+        watched.forget(key)
+        controller.queue.add(key)
+    elif watched.bring(body, listed=type is None):
+        controller.queue.add(key)
 
 
 @kopf.on.delete(GROUP, VERSION, "eventstreams")
 async def event_stream_deleted(memo: Any, namespace: str | None, name: str, retry: int, **_: Any) -> None:
     """An EventStream is being deleted; kopf takes the finalizer away when this returns."""
     await _finalize(memo.controller, _key("EventStream", namespace, name), retry)
-
-
-@kopf.on.resume(GROUP, VERSION, "projections")
-@kopf.on.create(GROUP, VERSION, "projections")
-@kopf.on.update(GROUP, VERSION, "projections")
-async def projection_changed(memo: Any, namespace: str | None, name: str, **_: Any) -> None:
-    """A Projection was there at the start, or was created or changed."""
-    controller: Controller = memo.controller
-    controller.queue.add(_key("Projection", namespace, name))
 
 
 @kopf.on.delete(GROUP, VERSION, "projections")

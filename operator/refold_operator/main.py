@@ -7,6 +7,7 @@ import signal
 
 import kopf
 import structlog
+import uvloop
 from refold import logs
 from refold.web.probes import Probes
 
@@ -26,6 +27,7 @@ from refold_operator.readstore import ReadStore
 from refold_operator.redis import RedisReadStores
 from refold_operator.settings import Settings
 from refold_operator.store import Store
+from refold_operator.watched import Watched
 from refold_operator.watches import Watches
 
 _log = structlog.get_logger(__name__)
@@ -63,11 +65,12 @@ async def _take_part(settings: Settings, election: Election) -> None:
         namespace=settings.namespace, cluster=cluster, store=store, readstore=readstore, access=access
     )
     autoscaler = Autoscaler(store, readstore, every=settings.autoscaler_seconds)
+    watched = Watched()
     controller = Controller(
         settings, cluster=cluster, store=store, readstore=readstore, redis=redis, kafka=topics, access=access,
-        installation=installation, autoscaler=autoscaler,
+        installation=installation, autoscaler=autoscaler, watched=watched,
     )  # fmt: skip
-    watches = Watches(cluster)
+    watches = Watches(cluster, watched)
     liveness = Liveness([controller.queue.stuck, watches.stuck])
     working = False
 
@@ -100,7 +103,13 @@ async def _take_part(settings: Settings, election: Election) -> None:
                         namespaces=settings.everywhere,
                         standalone=True,
                         settings=handlers.settings(),
-                        memo=kopf.Memo(controller=controller, installation=installation, watches=watches, guard=guard),
+                        memo=kopf.Memo(
+                            controller=controller,
+                            installation=installation,
+                            watches=watches,
+                            watched=watched,
+                            guard=guard,
+                        ),
                     )
                     for task in background:
                         task.cancel()
@@ -158,4 +167,4 @@ def main() -> None:
     for handler in logging.getLogger().handlers:
         handler.addFilter(_plain)
     with contextlib.suppress(asyncio.CancelledError):  # told to end while it stood by
-        asyncio.run(run(Settings()))  # type: ignore[call-arg]  # required settings come from the environment
+        uvloop.run(run(Settings()))  # type: ignore[call-arg]  # required settings come from the environment

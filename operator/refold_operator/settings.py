@@ -75,8 +75,8 @@ class Settings(AccessSettings, AdministratorSettings, TenantSettings):
     topic_replicas: int = Field(default=1, ge=1)
     #: Probes and metrics.
     port: int = 8080
-    #: How many resources are reconciled at the same time.
-    workers: int = Field(default=8, ge=1)
+    #: How many resources are reconciled at the same time; what they ask for goes together (`batching`).
+    workers: int = Field(default=48, ge=1)
     #: How long the Lease of the replica that works lasts, in seconds; the other one takes over soon after its end.
     lease_seconds: int = Field(default=8, ge=1)
     #: How often every resource is compared with what is there, in seconds, beside watching.

@@ -12,6 +12,7 @@ import structlog
 
 from refold_operator.cluster import Cluster, Object, RefusedError
 from refold_operator.errors import UnreachableError
+from refold_operator.watched import Watched
 
 _log = structlog.get_logger(__name__)
 
@@ -25,9 +26,9 @@ MISSED_SECONDS = 480.0
 class Watches:
     """What handlers have seen of EventStreams and Projections."""
 
-    def __init__(self, cluster: Cluster) -> None:
-        """List resources in `cluster`."""
-        self._cluster = cluster
+    def __init__(self, cluster: Cluster, watched: Watched) -> None:
+        """List resources in `cluster`; what it doesn't list is taken out of `watched`."""
+        self._cluster, self._watched = cluster, watched
         self._seen: dict[str, int] = {}
         #: By UID: the generation that wasn't seen, the resource's name, and since when that is so.
         self._missing: dict[str, tuple[int, str, float]] = {}
@@ -46,7 +47,10 @@ class Watches:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             try:
-                self.compare([item for kind in KINDS for item in await self._cluster.list(kind)])
+                known = self._watched.uids()
+                listed = [item for kind in KINDS for item in await self._cluster.list(kind)]
+                self.compare(listed)
+                self._watched.drop(known - {item["metadata"]["uid"] for item in listed})
             except (UnreachableError, RefusedError) as error:
                 _log.info("resources can't be listed to compare the watches with", why=str(error))
 

@@ -8,6 +8,7 @@ import pytest
 from refold_operator import liveness, watches
 from refold_operator.cluster import Cluster, Object
 from refold_operator.liveness import Liveness
+from refold_operator.watched import Watched
 from refold_operator.watches import Watches
 
 
@@ -40,7 +41,7 @@ def listed(generation: int) -> list[Object]:
 
 async def test_a_generation_that_no_watch_brings_is_missed_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watches, "MISSED_SECONDS", 0.1)
-    seen = Watches(cast("Cluster", None))
+    seen = Watches(cast("Cluster", None), Watched())
     seen.compare(listed(1))
     assert seen.stuck() is None
     seen.seen("u", 1)
@@ -58,7 +59,7 @@ async def test_a_generation_that_no_watch_brings_is_missed_after_a_while(monkeyp
 
 async def test_what_was_deleted_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watches, "MISSED_SECONDS", 0.1)
-    brought, not_brought = Watches(cast("Cluster", None)), Watches(cast("Cluster", None))
+    brought, not_brought = Watches(cast("Cluster", None), Watched()), Watches(cast("Cluster", None), Watched())
     for seen in (brought, not_brought):
         seen.compare(listed(1))
     await asyncio.sleep(0.15)
