@@ -20,6 +20,8 @@ _READ = 200
 #: Streams, and their partitions, that are made in one transaction: it holds some 12 locks on tables for each stream and
 #: 4 for each partition, of which a server has 64 for each connection that it allows.
 _MADE, _MADE_PARTITIONS = 20, 200
+#: Such transactions at the same time: making a schema is the server's work on one core.
+_MAKING = 3
 
 
 class Store:
@@ -32,7 +34,7 @@ class Store:
         self._reads = Batch(self._read, most=_READ)
         self._types = Batch(self._read_types, most=_READ)
         self._heads = Batch(self._read_heads, most=_READ)
-        self._claims = Batch(self._claim, most=_MADE)
+        self._claims = Batch(self._claim, most=_MADE, at_once=_MAKING)
         self._recordings = Batch(self._record, most=_READ)
         self._activations = Batch(self._activate, most=_READ)
 

@@ -79,6 +79,20 @@ async def test_equal_requests_share_an_answer_that_was_asked_for_after_them() ->
     assert system.asked == [[1], [1]]
 
 
+async def test_as_many_batches_as_allowed_are_under_way_at_the_same_time() -> None:
+    system = System()
+    batch = Batch(system, most=2, at_once=2)
+    system.free.clear()
+    callers = [asyncio.create_task(batch.ask(number)) for number in range(1, 7)]
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert system.asked == [[1, 2], [3, 4]]
+
+    system.free.set()
+    assert await asyncio.gather(*callers) == [2, 4, 6, 8, 10, 12]
+    assert system.asked == [[1, 2], [3, 4], [5, 6]]
+
+
 async def test_a_bad_request_fails_alone() -> None:
     system = System()
     batch = Batch(system, most=100)
