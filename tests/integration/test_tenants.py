@@ -53,7 +53,7 @@ def operator(api: ApiServer, kubeconfig: Path, postgres: Postgres, kafka: Kafka)
     yield operator
     operator.stop()
     assert "Traceback" not in operator.log, operator.log[-4000:]
-    assert "403" not in operator.log, "it asks for nothing that it has no right to"
+    assert "forbidden" not in operator.log, "it asks for nothing that it has no right to"
 
 
 def test_the_operator_works_in_its_namespaces_and_in_no_other(api: ApiServer, operator: Operator) -> None:
