@@ -393,10 +393,11 @@ async def finalize(stream: EventStream, *, store: Store, kafka: Kafka, access: A
             return
     with _store_errors(), _kafka_errors(claim.topic):
         cluster = await kafka.cluster_id()
-        topic = await kafka.topic(claim.topic) if cluster == claim.kafka_cluster else None
-        # Without an id the topic was made by us just before a crash.
-        if topic is not None and (not claim.topic_id or topic.id == claim.topic_id):
-            await kafka.delete(claim.topic)
+        if cluster == claim.kafka_cluster:
+            # Without an id the topic was made by us a moment ago, and the broker that answers may not know it yet.
+            topic = await kafka.topic(claim.topic) if claim.topic_id else None
+            if not claim.topic_id or (topic is not None and topic.id == claim.topic_id):
+                await kafka.delete(claim.topic)
         await access.drop_stream(stream, claim.topic)
     with _store_errors():
         await store.drop(namespace=stream.metadata.namespace, name=stream.metadata.name, uid=stream.metadata.uid)

@@ -335,6 +335,22 @@ async def test_what_kafka_refuses_is_said_with_its_words(store: Store, topics: K
     assert "min.insync.replicas" in result.conditions[0].message
 
 
+async def test_a_topic_that_was_made_a_moment_ago_goes_with_its_stream(store: Store, topics: Kafka, name: str) -> None:
+    for number in range(5):
+        topic = f"shop.{name}-{number}"
+        stream = resource(f"{name}-{number}", deletionPolicy="Delete")
+        # as a crash leaves it between the topic and its id, the broker perhaps not knowing the topic yet
+        await store.claim(
+            namespace="shop", name=f"{name}-{number}", uid="u-1", partitions=3, topic=topic,
+            kafka_cluster=await topics.cluster_id(),
+        )  # fmt: skip
+        await topics.create(topic, partitions=3, replicas=1, config={})
+        await eventstream.finalize(stream, store=store, kafka=topics, access=UNMANAGED)
+        assert await store.stream("shop", f"{name}-{number}") is None
+        await topics.create(topic, partitions=3, replicas=1, config={})  # the controller says whether there is one
+        await topics.delete(topic)
+
+
 async def test_retain_leaves_all_and_the_same_name_takes_it_back(store: Store, topics: Kafka, name: str) -> None:
     await reconcile(resource(name), store, topics)
     before = await topics.topic(f"shop.{name}"), await store.stream("shop", name)
