@@ -107,6 +107,15 @@ async def test_a_filled_store_of_the_first_version_is_upgraded_while_appends_of_
             await catalog.install_store(conn)
             upgraded = await catalog.get_stream(conn, "shop", "orders")
         await progress(callers)
+        # rolled back, and upgraded again
+        with version_0_1_0():
+            async with connected(installed.admin) as conn:
+                await catalog.install_store(conn)
+        assert await installed.query("select max(number) from refold.migrations") == [(1,)], "what 0.1.0 goes by"
+        await progress(callers)
+        async with connected(installed.admin) as conn:
+            await catalog.install_store(conn)
+        await progress(callers)
         assert (await log.append("new", "later-2", expected_revision=1)).revision == 2
         assert [caller.error for caller in callers] == [None] * 4
     assert upgraded is not None
@@ -123,6 +132,30 @@ async def test_a_filled_store_of_the_first_version_is_upgraded_while_appends_of_
             await conn.execute(f'set role "{owner}"'.encode())
             with pytest.raises(psycopg.errors.InsufficientPrivilege, match="append-only"):
                 await conn.execute(change.format('"shop.orders".events').encode())
+
+
+async def test_what_adds_to_a_store_is_noted_apart_from_what_earlier_releases_cannot_work_with(database: str) -> None:
+    installed = await install(database)
+    known = [(one.number,) for one in migrations.load("store")]
+    assert await installed.query("select number from refold.additions order by 1") == known[migrations.BREAKING :]
+    # as builds before that noted it
+    async with connected(installed.superuser) as conn:
+        await conn.execute(
+            "with a as (delete from refold.additions returning *) insert into refold.migrations select * from a"
+        )
+    async with connected(installed.admin) as conn:
+        await catalog.install_store(conn)
+    assert await installed.query("select number from refold.migrations order by 1") == known[: migrations.BREAKING]
+    assert await installed.query("select number from refold.additions order by 1") == known[migrations.BREAKING :]
+
+
+async def test_a_store_that_a_later_release_has_changed_otherwise_is_left_alone(database: str) -> None:
+    installed = await install(database)
+    async with connected(installed.superuser) as conn:
+        await conn.execute("insert into refold.migrations (number, name) values (99, 'later')")
+    async with connected(installed.admin) as conn:
+        with pytest.raises(EventStoreError, match="at migration 99, this version of Refold knows"):
+            await catalog.install_store(conn)
 
 
 @pytest.fixture

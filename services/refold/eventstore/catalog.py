@@ -619,26 +619,39 @@ async def _migrate_store(conn: AsyncConnection[Any]) -> str:
     await _ensure_schema(conn, store_roles["owner"])
     async with _as_owner(conn, store_roles["owner"]):
         await conn.execute(LOCK_TIMEOUT)
-        await conn.execute(
-            "create table if not exists refold.migrations ("
-            "number integer primary key, name text not null, applied_at timestamptz not null default now())"
-        )
+        for table in ("migrations", "additions"):
+            await conn.execute(
+                sql.SQL(
+                    "create table if not exists refold.{} ("
+                    "number integer primary key, name text not null, applied_at timestamptz not null default now())"
+                ).format(sql.Identifier(table))
+            )
+        available = migrations.load("store")
         cursor = await conn.execute("select coalesce(max(number), 0) from refold.migrations")
         row = await cursor.fetchone()
-        applied = 0 if row is None else int(row[0])
-        available = migrations.load("store")
-        if applied > available[-1].number:
+        if row is not None and row[0] > available[-1].number:
             raise EventStoreError(
-                f"the store in database {conn.info.dbname} is at migration {applied}, this version of Refold knows "
+                f"the store in database {conn.info.dbname} is at migration {row[0]}, this version of Refold knows "
                 f"{available[-1].number}: run a later version"
             )
+        # builds between two releases noted additions as migrations
+        await conn.execute(
+            "with former as (delete from refold.migrations where number > %s returning number, name, applied_at) "
+            "insert into refold.additions (number, name, applied_at) select number, name, applied_at from former "
+            "on conflict do nothing",
+            [migrations.BREAKING],
+        )
+        cursor = await conn.execute("select number from refold.migrations union select number from refold.additions")
+        applied = {number async for (number,) in cursor}
         for migration in available:
-            if migration.number > applied:
+            if migration.number not in applied:
                 await conn.execute(
                     migration.render({**store_roles, "store_id": secrets.token_hex(8)}).encode(), prepare=False
                 )
                 await conn.execute(
-                    "insert into refold.migrations (number, name) values (%s, %s)",
+                    sql.SQL("insert into refold.{} (number, name) values (%s, %s)").format(
+                        sql.Identifier(migration.note)
+                    ),
                     [migration.number, migration.name],
                 )
         cursor = await conn.execute("select id from refold.store")

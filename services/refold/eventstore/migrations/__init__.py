@@ -3,6 +3,10 @@
 `store/` makes the catalog, once a database; `stream/` makes one stream's schema, once a stream. A file that was
 released is never changed: a later number changes what it made, online and on a filled store. Files are plain SQL with
 psql's notation for variables: `:"name"` a quoted identifier, `:'name'` a literal, `:name` a number.
+
+A release that is rolled back to finds a store that the later one has migrated. It goes by `refold.migrations`, where a
+number that it doesn't know keeps it from working; so only what earlier releases can't work with is noted there, and
+what merely adds to the store, in `refold.additions`.
 """
 
 import dataclasses
@@ -17,6 +21,10 @@ from psycopg import sql
 _VARIABLE = re.compile(r"(?<!:):\"(\w+)\"|(?<!:):'(\w+)'|(?<=[\s(]):([a-z_]+)\b")
 
 
+#: The number of the last migration of a store that earlier releases can't work with: all later ones only add to it.
+BREAKING = 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Migration:
     """One numbered SQL file."""
@@ -24,6 +32,11 @@ class Migration:
     number: int
     name: str
     text: str
+
+    @property
+    def note(self) -> str:
+        """The table where it is noted that a store has it."""
+        return "additions" if self.number > BREAKING else "migrations"
 
     def render(self, values: Mapping[str, str | int]) -> str:
         """Return the SQL with its variables filled in.
