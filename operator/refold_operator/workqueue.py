@@ -5,12 +5,13 @@ come before a run begin it once, and a cause that comes during a run begins anot
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import heapq
 import random
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import NamedTuple
 
 import structlog
@@ -77,7 +78,8 @@ class WorkQueue:
         #: Keys that became due while they ran.
         self._held_up: set[Key] = set()
         self._failures: dict[Key, int] = {}
-        self._locks: dict[Key, asyncio.Lock] = {}
+        #: The locks of keys that run, and how many have them or wait for them.
+        self._locks: dict[Key, tuple[asyncio.Lock, int]] = {}
         self._changed = asyncio.Event()
         self._began: dict[Key, float] = {}
         self._last_began = time.monotonic()
@@ -93,9 +95,6 @@ class WorkQueue:
         """Drop what is kept of a resource that is gone."""
         self._due.pop(key, None)
         self._failures.pop(key, None)
-        lock = self._locks.get(key)
-        if lock is not None and not lock.locked():
-            del self._locks[key]
 
     def hurry(self) -> None:
         """Run what has failed at once: its cause may be gone."""
@@ -104,7 +103,7 @@ class WorkQueue:
 
     async def now(self, key: Key, run: Reconcile) -> Outcome:
         """Run something else for `key`, after its current run and before the next one."""
-        async with self._locks.setdefault(key, asyncio.Lock()):
+        async with self._alone(key):
             return await self._run(key, run)
 
     def stuck(self) -> str | None:
@@ -129,7 +128,7 @@ class WorkQueue:
                 running.add_done_callback(lambda _: free.release())
 
     async def _work_on(self, key: Key) -> None:
-        async with self._locks.setdefault(key, asyncio.Lock()):
+        async with self._alone(key):
             outcome = await self._run(key, self._reconcile)
         if outcome.failed:
             self._failures[key] = self._failures.get(key, 0) + 1
@@ -140,6 +139,29 @@ class WorkQueue:
                 self.add(key, after=outcome.again)
             elif key not in self._due:
                 self.forget(key)
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, key: Key) -> AsyncIterator[None]:
+        """Wait until no other run of `key` is under way; none begins until this one is over.
+
+        The lock stays for as long as somebody waits for it: one that was just released and goes to a waiter isn't
+        locked yet, and whoever made a new one then would run beside that waiter.
+        """
+        lock, users = self._locks.get(key, (asyncio.Lock(), 0))
+        self._locks[key] = lock, users + 1
+        try:
+            async with lock:
+                yield
+        finally:
+            _, users = self._locks[key]
+            if users > 1:
+                self._locks[key] = lock, users - 1
+            else:
+                del self._locks[key]
+            if key in self._held_up:
+                self._held_up.discard(key)
+                if key in self._due:
+                    self._line_up(key)
 
     def _line_up(self, key: Key) -> None:
         """Put a key of `_due` where it stands by its time."""
@@ -163,7 +185,7 @@ class WorkQueue:
                 heapq.heappop(self._order)
                 if not holds:
                     continue
-                if key in self._locks and self._locks[key].locked():
+                if key in self._locks:
                     self._held_up.add(key)
                     continue
                 del self._due[key]
@@ -185,10 +207,6 @@ class WorkQueue:
                 outcome = await self._guarded(key, run)
         finally:
             del self._began[key]
-            if key in self._held_up:
-                self._held_up.discard(key)
-                if key in self._due:
-                    self._line_up(key)
         metrics.RECONCILIATIONS.labels(key.kind).inc()
         if outcome.failed:
             metrics.FAILURES.labels(key.kind, outcome.reason).inc()
