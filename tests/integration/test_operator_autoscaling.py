@@ -66,7 +66,11 @@ class World:
         return found
 
     def told(self) -> list[str]:
-        events = self.api.get("events", "-n", self.namespace)["items"]
+        # listed in the order of their names, which end at random
+        events = sorted(
+            self.api.get("events", "-n", self.namespace)["items"],
+            key=lambda each: int(each["metadata"]["resourceVersion"]),
+        )
         return [each["reason"] for each in events if each["reason"].startswith("Scaled")]
 
     def close(self) -> None:
