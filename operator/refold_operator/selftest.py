@@ -49,7 +49,9 @@ class Caller:
     """Asks until the answer is the wanted one, or the time is over."""
 
     def __init__(self, settings: Settings) -> None:
-        self._client = httpx.Client(timeout=_TRY_SECONDS)
+        # Each try over a connection of its own: one that was made while the Service was new, with the address of a
+        # former one, may lead to another pod for as long as it is open.
+        self._client = httpx.Client(timeout=_TRY_SECONDS, limits=httpx.Limits(max_keepalive_connections=0))
         self._token_file = settings.token_file
         self._deadline = time.monotonic() + settings.within_seconds
 
