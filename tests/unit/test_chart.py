@@ -786,6 +786,24 @@ def test_the_test_appends_to_its_own_stream_and_reads_its_own_rows_and_may_nothi
     assert [rule.type for rule in definition.fold] == ["Tested"]
 
 
+def test_with_tenants_the_test_makes_its_stream_where_refold_works() -> None:
+    manifests = render(merged(EMBEDDED, at("tenants.namespaces", ["shop", "bank"])))
+    for kind in ("Role", "RoleBinding", "EventStream", "Projection"):
+        assert one(manifests, kind, "refold-test")["metadata"]["namespace"] == "shop"
+    for kind in ("ServiceAccount", "Pod"):
+        assert one(manifests, kind, "refold-test")["metadata"]["namespace"] == NAMESPACE
+    assert one(manifests, "RoleBinding", "refold-test")["subjects"][0]["namespace"] == NAMESPACE
+    (container,) = one(manifests, "Pod", "refold-test")["spec"]["containers"]
+    told = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert told["REFOLD_STREAM"] == "shop/refold-test"
+    assert told["REFOLD_QUERY_URL"] == "http://refold-test-query.shop.svc"
+    assert told["REFOLD_EVENTSTORE_URL"] == f"http://refold-eventstore.{NAMESPACE}.svc"
+    policy = one(manifests, "NetworkPolicy", "refold-test")["spec"]
+    assert {"matchLabels": {"kubernetes.io/metadata.name": "shop"}} in [
+        peer.get("namespaceSelector") for rule in policy["egress"] for peer in rule.get("to", [])
+    ]
+
+
 def test_the_test_finds_both_ends_and_is_let_through_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
     manifests = render(EMBEDDED)
     (container,) = one(manifests, "Pod", "refold-test")["spec"]["containers"]

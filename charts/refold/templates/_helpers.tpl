@@ -83,6 +83,11 @@ readinessProbe:
   failureThreshold: 3
 {{- end }}
 
+{{/* Where `helm test` makes its stream. */}}
+{{- define "refold.testNamespace" -}}
+{{- first (append .Values.tenants.namespaces .Release.Namespace) -}}
+{{- end }}
+
 {{- define "refold.tenantsEnv" -}}
 {{- with .Values.tenants.namespaces }}
 - {name: REFOLD_NAMESPACES, value: {{ toJson . | quote }}}
