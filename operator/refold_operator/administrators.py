@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-from pydantic import SecretStr, model_validator
+from pydantic import SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings
 
 from refold_operator.dsn import check, check_redis
@@ -48,15 +48,26 @@ class AdministratorSettings(BaseSettings):
         """The login at the installation's Redis, None where it has none."""
         return _login(self.redis_admin_url, self.redis_admin_url_file)
 
-    @model_validator(mode="after")
-    def _are_logins(self) -> Self:
+    @field_validator(
+        "store_admin_dsn", "store_admin_dsn_file", "readstore_admin_dsn", "readstore_admin_dsn_file", "redis_admin_url",
+        "redis_admin_url_file",
+    )  # fmt: skip
+    @classmethod
+    def _is_a_login(cls, given: SecretStr | Path | None, info: ValidationInfo) -> SecretStr | Path | None:
+        if given is None:
+            return None
         try:
-            for login in (self.store_admin, self.readstore_admin):
-                check(login())
-            if self.redis_admin is not None:
-                check_redis(self.redis_admin())
+            text = given.get_secret_value() if isinstance(given, SecretStr) else given.read_text().strip()
         except OSError as error:
             raise ValueError(str(error)) from None
+        of_redis = info.field_name is not None and info.field_name.startswith("redis")
+        (check_redis if of_redis else check)(text)
+        return given
+
+    @model_validator(mode="after")
+    def _are_there(self) -> Self:
+        # each raises where it is missing
+        _ = self.store_admin, self.readstore_admin
         return self
 
 

@@ -37,6 +37,29 @@ def test_settings_that_are_wrong_are_named_without_their_values() -> None:
     assert "hunter2" not in ended.stderr + ended.stdout
 
 
+def test_an_administrator_that_cannot_be_is_named_by_its_variable(tmp_path: Path) -> None:
+    file = tmp_path / "dsn"
+    file.write_text("postgresql://u:hunter2@/d")
+    others = {"REFOLD_IMAGE": "i", "REFOLD_NAMESPACE": "n", "REFOLD_KAFKA_BOOTSTRAP": "k:1"}
+    ended = run(
+        "operator", REFOLD_STORE_ADMIN_DSN_FILE=str(file), REFOLD_READSTORE_ADMIN_DSN="hunter2",
+        REFOLD_REDIS_ADMIN_URL_FILE=str(tmp_path / "none"), **others,
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert set(json.loads(ended.stderr)["variables"]) == {
+        "REFOLD_STORE_ADMIN_DSN_FILE", "REFOLD_READSTORE_ADMIN_DSN", "REFOLD_REDIS_ADMIN_URL_FILE",
+    }  # fmt: skip
+    assert "hunter2" not in ended.stderr + ended.stdout
+
+
+@pytest.mark.parametrize("process", ["operator", "webhook"])
+def test_a_list_that_is_no_json_is_named_in_one_line(process: str) -> None:
+    ended = run(process, REFOLD_NAMESPACES="shop, bank")
+    assert ended.returncode == 2
+    [line] = ended.stderr.splitlines()
+    assert '"namespaces"' in json.loads(line)["why"]
+
+
 @pytest.mark.parametrize(
     ("auth", "why"),
     [

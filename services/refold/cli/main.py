@@ -11,6 +11,7 @@ from typing import Annotated
 import structlog
 import typer
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
 
 from refold.cli import people
 from refold.setup import SetupError
@@ -48,6 +49,9 @@ def _run(main: Callable[[], None]) -> None:
         found = error.errors(include_input=False, include_url=False, include_context=False)
         wrong = {f"REFOLD_{'.'.join(map(str, one['loc']))}".upper(): one["msg"] for one in found}
         log.error("Environment variables are missing or wrong", variables=wrong)
+        raise typer.Exit(2) from None
+    except SettingsError as error:  # it names the variable's field, without the value
+        log.error("An environment variable is no JSON", why=str(error))
         raise typer.Exit(2) from None
     except SetupError as error:
         log.error("A setting can't work here", why=str(error))
