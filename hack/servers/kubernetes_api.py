@@ -4,11 +4,14 @@ The programs are those that hack/kind builds where there is no container registr
 how far a Deployment is, so that it decides what the operator sees and when.
 """
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +114,15 @@ class ApiServer:
     def kill_server(self) -> None:
         """Kill with -9 the API server; its data stays."""
         self._server.kill()
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Stop the API server's process with SIGSTOP: it accepts requests and answers none."""
+        self._server.send(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._server.send(signal.SIGCONT)
 
     def remove(self) -> None:
         """Kill both and delete their data."""
