@@ -7,6 +7,7 @@ import contextlib
 import functools
 import itertools
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,12 +18,15 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from refold.eventstore.catalog import Stream
 
+from bench import warming
 from hack.servers import Kafka, Postgres, Redis
 from hack.servers.kubernetes_api import ApiServer, programs
 from hack.servers.platform import Broker, Database, Platform
 
 #: Partitions of the streams, as in the examples.
 PARTITIONS = 6
+#: Seconds for which a new broker is warmed, and the events from which on that is done.
+_WARMING_SECONDS, _MEASURED = 40, 1_000
 #: The operator's own namespace.
 SYSTEM = "refold-system"
 _CRDS = Path(__file__).parents[1] / "crds"
@@ -62,6 +66,7 @@ class Servers:
         self._shared = shared
         self._cleaning = contextlib.ExitStack()
         self._numbers = itertools.count(1)
+        self._warmed = False
         # a run of the benchmarks meets nothing that an earlier one left on given servers
         self.name = f"bench{secrets.token_hex(3)}"
 
@@ -102,6 +107,17 @@ class Servers:
         self._cleaning.callback(broker.remove)
         broker.start()
         return broker
+
+    def warm(self, events: Sequence[Any]) -> None:
+        """Warm the broker once, if it is an own one, for a workload whose latencies are measured with `events`.
+
+        A few events are no measurement, but a test.
+        """
+        if self._shared:
+            self._shared.warm(events)
+        elif not self._given[1] and not self._warmed and len(events) >= _MEASURED:
+            self._warmed = True
+            warming.warm(self.kafka.bootstrap, _WARMING_SECONDS)
 
     @functools.cached_property
     def redis(self) -> Redis:

@@ -29,6 +29,7 @@ _numbers = itertools.count(1)
 
 def end_to_end(servers: Servers, events: Sequence[OrderEvent]) -> Comparison:
     """One event an append, 200 a second; each caller then asks for its row with the append's token."""
+    servers.warm(events)
     return Comparison(
         workload="end-to-end",
         params={"events": len(events), "events_a_second": _RATE, "partitions": PARTITIONS},

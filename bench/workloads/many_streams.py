@@ -32,6 +32,7 @@ _RATE = 200
 
 def many_streams(servers: Servers, events: Sequence[OrderEvent]) -> Comparison:
     """One event an append over HTTP, 200 a second over all streams; until a `read_committed` consumer has it."""
+    servers.warm(events)
     count = min(_STREAMS, max(2, len(events) // 2))
     alone = servers.beside()
     many, one = _Store(servers, count), _Store(alone, 1)

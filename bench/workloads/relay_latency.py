@@ -23,6 +23,7 @@ _RATE = 200
 
 def relay_latency(servers: Servers, events: Sequence[OrderEvent]) -> Comparison:
     """One event an append, 200 a second."""
+    servers.warm(events)
     return Comparison(
         workload="relay-latency",
         params={"events": len(events), "events_a_second": _RATE, "partitions": PARTITIONS},

@@ -1,11 +1,13 @@
 """A call whose connection is cut off under it, on the event loop that the services run on."""
 
 import asyncio
+import random
 import time
 
 import psycopg
 import uvloop
 from refold.eventstore import connections
+from refold.eventstore.connections import StoreConnection
 
 from hack.servers import Postgres
 from tests.network import Cut
@@ -51,3 +53,55 @@ def test_a_call_ends_when_its_connection_is_reset_under_it(postgres: Postgres) -
     with Cut(postgres.port) as network:
         uvloop.run(answered(network))
         assert uvloop.run(called(network)) < 5
+
+
+async def test_who_wants_a_connection_waits_a_moment_for_it_and_then_takes_another(postgres: Postgres) -> None:
+    pool = connections.Connections(postgres.dsn(), size=3, application="test")
+    async with pool.lend() as known:
+        async with pool.lend() as other:
+            assert other is not known
+
+        async def wanted() -> StoreConnection:
+            async with pool.lend(known) as conn:
+                return conn
+
+        soon = asyncio.create_task(wanted())
+        await asyncio.sleep(0)
+    assert await soon is known
+    async with pool.lend(known) as held:
+        assert held is known
+        assert await asyncio.wait_for(wanted(), 1) is other
+    async with pool.lend(known) as held:
+        soon = asyncio.create_task(wanted())
+        await asyncio.sleep(0)
+        held.pgconn.finish()
+        broken = time.monotonic()
+    assert await asyncio.wait_for(soon, 1) is not known
+    assert time.monotonic() - broken < 1
+    await pool.close()
+
+
+async def test_no_connection_is_lost_whoever_leaves_while_he_waits_for_one(postgres: Postgres) -> None:
+    pool = connections.Connections(postgres.dsn(), size=2, application="test")
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    seen: list[StoreConnection] = []
+
+    async def use() -> None:
+        async with pool.lend(chance.choice(seen) if seen else None) as conn:
+            if conn not in seen:
+                seen.append(conn)
+            await asyncio.sleep(chance.choice((0, 0, 0.001, 0.008)))
+
+    users = []
+    for _ in range(500):
+        users.append(asyncio.create_task(use()))
+        await asyncio.sleep(chance.choice((0, 0, 0.001)))
+        if chance.random() < 0.4:
+            chance.choice(users).cancel()
+    await asyncio.wait_for(asyncio.gather(*users, return_exceptions=True), 30)
+    assert len(seen) == 2
+    async with asyncio.timeout(1), pool.lend() as one, pool.lend() as two:
+        assert {one, two} == {*seen}
+    await pool.close()

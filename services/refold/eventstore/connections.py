@@ -1,14 +1,15 @@
 """Connections to the store's database, lent one statement at a time.
 
 The connection used last is lent first, since it holds the plans of the functions that it called; an idle one beyond
-what the load needs stays cold and is closed when it is old. Broken connections are dropped when they are given back.
+what the load needs stays cold and is closed when it is old. Whoever wants the one that knows its stream waits a moment
+for it before another learns the stream, too. Broken connections are dropped when they are given back.
 """
 
 import asyncio
 import collections
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import psycopg
@@ -26,6 +27,8 @@ _T = TypeVar("_T")
 CONNECT_TIMEOUT = 5
 #: Seconds after which a connection is replaced, so that plans of streams that aren't used any more don't pile up.
 MAX_AGE = 900.0
+#: Seconds that a loan waits for the connection that it wants, while others are idle: about what new plans would take.
+_PLANS_SECONDS = 0.005
 #: Seconds after which a call that has no answer looks itself whether one has come.
 _LOOK_SECONDS = 0.5
 _SESSION = (
@@ -182,25 +185,28 @@ class Connections:
         self._dsn = dsn
         self._size = size
         self._application = application
-        self._idle: list[tuple[StoreConnection, float]] = []
+        self._idle: list[_Held] = []
         self._open = 0
         self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
+        # Of each that is lent: those who want it and no other as yet. It is handed over to them; None: take any.
+        self._wanted: dict[StoreConnection, collections.deque[asyncio.Future[_Held | None]]] = {}
         self._closed = False
 
     def lend(self, like: StoreConnection | None = None) -> "_Lent":
         """Lend a connection for the time of an `async with`; waits while all are lent.
 
         Args:
-            like: the one that is wanted where it is idle: plans of a stream take PostgreSQL about a megabyte in each
-                connection that it was used on, and some milliseconds to make.
+            like: the one that is wanted, where it is idle soon: plans of a stream take PostgreSQL about a megabyte in
+                each connection that it was used on, and some milliseconds of CPU to make.
 
         Raises:
             psycopg.OperationalError: a new one was needed and PostgreSQL can't be reached or refuses.
         """
         return _Lent(self, like)
 
-    async def _take(self, like: StoreConnection | None) -> tuple[StoreConnection, float]:
-        """Return a connection and when it was made."""
+    async def _take(self, like: StoreConnection | None) -> "_Held":
+        if like in self._wanted and (handed := await self._hand_over(like)):
+            return handed
         while not self._idle and self._open >= self._size:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append(turn)
@@ -211,22 +217,47 @@ class Connections:
                     self._wake()
                 raise
         if self._idle:
-            if self._idle[-1][0] is like:
-                return self._idle.pop()
-            return self._idle.pop(next((at for at, (conn, _) in enumerate(self._idle) if conn is like), -1))
-        self._open += 1
-        try:
-            return await connect(self._dsn, self._application), time.monotonic()
-        except BaseException:
-            self._open -= 1
-            self._wake()
-            raise
+            at = next((at for at, (conn, _) in enumerate(self._idle) if conn is like), -1)
+            held = self._idle.pop(at)
+        else:
+            self._open += 1
+            try:
+                held = _Held(await connect(self._dsn, self._application), time.monotonic())
+            except BaseException:
+                self._open -= 1
+                self._wake()
+                raise
+        self._wanted[held.conn] = collections.deque()
+        return held
 
-    async def _give_back(self, conn: StoreConnection, born: float) -> None:
+    async def _hand_over(self, like: StoreConnection) -> "_Held | None":
+        """Wait a moment for a connection that is lent; return it, or None where any other will do."""
+        loop = asyncio.get_running_loop()
+        turn: asyncio.Future[_Held | None] = loop.create_future()
+        self._wanted[like].append(turn)
+        patience = loop.call_later(_PLANS_SECONDS, _say, turn, None)
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled() and (handed := turn.result()):
+                await self._give_back(handed)
+            raise
+        finally:
+            patience.cancel()
+
+    async def _give_back(self, held: "_Held") -> None:
+        conn, born = held
+        wanted = self._wanted[conn]
         usable = not self._closed and not conn.closed and time.monotonic() - born < MAX_AGE
         if usable and conn.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE:
-            self._idle.append((conn, born))
+            # Who waits for any connection has waited longer than those who want this one.
+            while wanted and not self._waiting:
+                if _say(wanted.popleft(), held):
+                    return
+            del self._wanted[conn]
+            self._idle.append(held)
         else:
+            del self._wanted[conn]
             self._open -= 1
             stale = [conn]
             if conn.broken:
@@ -236,6 +267,8 @@ class Connections:
                 self._idle.clear()
             for one in stale:
                 await one.close()
+        for turn in wanted:
+            _say(turn, None)
         self._wake()
 
     async def ask(self, read: Callable[[AsyncConnection[Any]], Awaitable[_T]], *, seconds: float) -> _T:
@@ -259,9 +292,7 @@ class Connections:
 
     def _wake(self) -> None:
         while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
+            if _say(self._waiting.popleft(), None):
                 return
 
     async def close(self) -> None:
@@ -273,17 +304,32 @@ class Connections:
             await conn.close()
 
 
+class _Held(NamedTuple):
+    """A connection, and when it was made."""
+
+    conn: StoreConnection
+    born: float
+
+
+def _say(turn: "asyncio.Future[_T]", answer: _T) -> bool:
+    """Answer one that waits; tell whether it still did."""
+    if turn.done():
+        return False
+    turn.set_result(answer)
+    return True
+
+
 class _Lent:
     """One loan: gives the connection back at the end."""
 
-    __slots__ = ("_born", "_conn", "_connections", "_like")
+    __slots__ = ("_connections", "_held", "_like")
 
     def __init__(self, connections: Connections, like: StoreConnection | None) -> None:
         self._connections, self._like = connections, like
 
     async def __aenter__(self) -> StoreConnection:
-        self._conn, self._born = await self._connections._take(self._like)
-        return self._conn
+        self._held = await self._connections._take(self._like)
+        return self._held.conn
 
     async def __aexit__(self, *_: object) -> None:
-        await self._connections._give_back(self._conn, self._born)
+        await self._connections._give_back(self._held)
