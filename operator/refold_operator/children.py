@@ -184,6 +184,18 @@ def query_autoscaler(owner: Projection, scaling: QueryScaling) -> Manifest:
     }
 
 
+def query_budget(owner: Projection) -> Manifest:
+    """Return the PodDisruptionBudget of the query processes: a drain takes one after the other."""
+    labels = _labels(owner, "query")
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": _metadata(owner, names.query_name(owner.metadata.name), labels),
+        # also where there is only one: a budget that lets no pod go would hold up the drain for ever
+        "spec": {"maxUnavailable": 1, "selector": {"matchLabels": _selector(labels)}},
+    }
+
+
 def url(owner: Projection) -> str:
     """Return where the rows are read, inside the cluster."""
     return f"http://{names.query_name(owner.metadata.name)}.{owner.metadata.namespace}.svc"

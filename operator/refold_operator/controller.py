@@ -89,9 +89,11 @@ class Controller:
         result: eventstream.Result | projection.Result
         left: float | None = None
         if isinstance(resource, EventStream):
+            older = self._watched.older(key)
             result = await eventstream.reconcile(
                 resource, store=self._store, kafka=self._kafka, access=self._access, cluster=self._cluster,
                 default_replicas=self._settings.topic_replicas, rules=self._settings.rules,
+                older=None if older is None else f"{older.namespace}/{older.name}",
             )  # fmt: skip
         else:
             left = projection.seconds_left(resource, now=dt.datetime.now(dt.UTC))

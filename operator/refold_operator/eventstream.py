@@ -7,6 +7,7 @@ topic and whether it is ours to touch is decided by `plan_topic`, a pure functio
 import asyncio
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -57,6 +58,11 @@ class Refuse:
 
 
 @dataclasses.dataclass(frozen=True)
+class Examine:
+    """Look whether the topic is empty, then decide again."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Create:
     """Claim the stream if it isn't claimed, then create the topic.
 
@@ -90,8 +96,12 @@ def plan_topic(
     kafka_cluster: str,
     default_replicas: int,
     event_bytes: int,
-) -> Refuse | Create | Keep:
+    held: int | None = None,
+) -> Refuse | Examine | Create | Keep:
     """Decide what to do about the topic.
+
+    A topic that somebody else made becomes the stream's where `spec.topic.adopt` says so and it is empty. One with
+    records never does: a checkpoint names the id of its topic, so no other topic's records can be told from strangers'.
 
     Args:
         stream: the resource.
@@ -100,6 +110,7 @@ def plan_topic(
         kafka_cluster: the id of the Kafka cluster that was looked at.
         default_replicas: the replication factor where the spec has none.
         event_bytes: the most that one event may have in the event store; the topic must take all that are accepted.
+        held: how many records the topic holds; None where nobody has looked.
     """
     name = topic_name(stream)
     least = records.message_bytes(event_bytes)
@@ -126,14 +137,19 @@ def plan_topic(
         and claim.uid == stream.metadata.uid
         and not claim.topic_id
     )
-    if recorded and recorded != topic.id:
-        return Refuse(
-            "TopicConflict",
-            f"the topic {name} was deleted and made again by someone else (its id is {topic.id}, ours was {recorded}); "
-            "delete it, and it is made and filled from history again",
-        )
-    if not recorded and not just_made:
-        return Refuse("TopicConflict", _foreign(name))
+    if recorded != topic.id and not just_made:
+        if not stream.spec.topic.adopt:
+            again = f"was deleted and made again by someone else (its id is {topic.id}, ours was {recorded}); delete it"
+            advice = f"{again}, and it is made and filled from history again, or set spec.topic.adopt if it is empty"
+            return Refuse("TopicConflict", f"the topic {name} {advice}" if recorded else _foreign(name))
+        if held is None:
+            return Examine()
+        if held:
+            return Refuse(
+                "TopicConflict",
+                f"the topic {name} wasn't made for this EventStream and holds {held} records: spec.topic.adopt takes "
+                "over an empty topic only; choose another spec.topic.name, or delete the topic if nobody needs it",
+            )
     if topic.partitions < stream.spec.partitions:
         return Refuse(
             "TopicConflict",
@@ -204,8 +220,12 @@ async def reconcile(
     cluster: Cluster,
     default_replicas: int,
     rules: spec_guard.Rules,
+    older: str | None = None,
 ) -> Result:
     """Make topic, schema and who may read and write what the EventStream says.
+
+    `older` is another EventStream that was there before and wants the same topic: it goes first, unless this one has
+    its claim already.
 
     Never raises because of an outage or a refusal: these are the result's conditions.
     """
@@ -222,8 +242,9 @@ async def reconcile(
             claim = await store.stream(stream.metadata.namespace, stream.metadata.name)
         _guard(stream, rules)
         claim, note, found = await _topic(
-            stream, claim, store=store, kafka=kafka, default_replicas=default_replicas, event_bytes=rules.event_bytes
-        )
+            stream, claim, store=store, kafka=kafka, default_replicas=default_replicas, event_bytes=rules.event_bytes,
+            older=older,
+        )  # fmt: skip
         readers, more = await _access(stream, access=access, cluster=cluster)
         found = "; ".join(filter(None, (found, _news(stream, note), more)))
         topic = Condition(
@@ -235,6 +256,8 @@ async def reconcile(
             claim = await store.set_event_types(claim, event_types(stream))
             if claim.state != "active":
                 claim = await store.activate(claim)
+            else:
+                found = "; ".join(filter(None, (found, await _schema(claim, store))))
             status["events"] = await store.events(claim)
         stored = _stored(claim)
         ready = Condition("Ready", "True", "Active", "appends are accepted")
@@ -273,21 +296,36 @@ def _stored(claim: Stream) -> Condition:
 
 
 async def _topic(
-    stream: EventStream, claim: Stream | None, *, store: Store, kafka: Kafka, default_replicas: int, event_bytes: int
+    stream: EventStream,
+    claim: Stream | None,
+    *,
+    store: Store,
+    kafka: Kafka,
+    default_replicas: int,
+    event_bytes: int,
+    older: str | None,
 ) -> tuple[Stream, str, str]:
     """Claim the stream and bring its topic about; return the claim, a note, and what was put right."""
     name = topic_name(stream)
+    if claim is None and older is not None:
+        raise ReconcileError(
+            "TopicReady", "TopicConflict",
+            f"the EventStream {older} is older and wants the topic {name} too; choose another spec.topic.name, or "
+            "delete that one",
+        )  # fmt: skip
     with _kafka_errors(name):
         cluster = await kafka.cluster_id()
         topic = await kafka.topic(name)
-    plan = plan_topic(
-        stream,
-        topic=topic,
-        claim=claim,
-        kafka_cluster=cluster,
-        default_replicas=default_replicas,
+    decide = functools.partial(
+        plan_topic, stream, topic=topic, claim=claim, kafka_cluster=cluster, default_replicas=default_replicas,
         event_bytes=event_bytes,
-    )
+    )  # fmt: skip
+    plan = decide()
+    if isinstance(plan, Examine):
+        assert topic is not None, "there is something to look into"
+        with _kafka_errors(name):
+            plan = decide(held=await kafka.records(topic))
+    assert not isinstance(plan, Examine), "it was looked"
     if isinstance(plan, Refuse):
         raise ReconcileError("TopicReady", plan.reason, plan.message)
     with _store_errors():
@@ -338,6 +376,21 @@ async def _topic(
     return claim, plan.note if isinstance(plan, Keep) else "", found
 
 
+async def _schema(claim: Stream, store: Store) -> str:
+    """Look at the schema of a stream that was served already; return what was put right."""
+    seen = await store.look(claim)
+    if seen.lost:
+        raise ReconcileError(
+            "StoreReady", "HistoryDamaged",
+            f"{', '.join(seen.lost)} of the schema {claim.schema} is gone: restore it from a backup. Nothing is made "
+            "in its place, since Refold can't know which events it held",
+        )  # fmt: skip
+    if not seen.changed:
+        return ""
+    await store.repair(claim)
+    return f"made again in the schema {claim.schema}: {', '.join(seen.changed)}"
+
+
 async def _unclaim(stream: EventStream, claim: Stream, store: Store) -> NoReturn:
     """Give up a claim of a moment ago: somebody else, such as another installation, made the topic meanwhile."""
     with _store_errors():
@@ -347,8 +400,8 @@ async def _unclaim(stream: EventStream, claim: Stream, store: Store) -> NoReturn
 
 def _foreign(topic: str) -> str:
     return (
-        f"the topic {topic} exists and wasn't made for this EventStream; choose another spec.topic.name, or delete the "
-        "topic if nobody needs it"
+        f"the topic {topic} exists and wasn't made for this EventStream; choose another spec.topic.name, delete the "
+        "topic if nobody needs it, or set spec.topic.adopt if it is empty and meant for this one"
     )
 
 

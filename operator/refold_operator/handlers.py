@@ -99,8 +99,8 @@ async def seen(memo: Any, type: str | None, event: Any, **_: Any) -> None:  # no
     key = _key(body["kind"], metadata["namespace"], metadata["name"])
     watches.seen(metadata["uid"], metadata["generation"], deleted=type == "DELETED")
     if type == "DELETED":
-        watched.forget(key)
-        controller.queue.add(key)
+        for one in {key, *watched.forget(key)}:
+            controller.queue.add(one)
     elif watched.bring(body, listed=type is None):
         controller.queue.add(key)
 

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import structlog
-from confluent_kafka import KafkaError, KafkaException, TopicCollection
+from confluent_kafka import KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import (
     AclBinding,
     AclBindingFilter,
@@ -24,6 +24,7 @@ from confluent_kafka.admin import (
     ConfigResource,
     ConfigSource,
     NewTopic,
+    OffsetSpec,
     ResourceType,
     ScramCredentialInfo,
     ScramMechanism,
@@ -176,6 +177,17 @@ class Kafka:
                 if entry.source == ConfigSource.DYNAMIC_TOPIC_CONFIG.value
             },
         )
+
+    async def records(self, topic: Topic) -> int:
+        """Return how many offsets the topic's partitions hold, markers of transactions included."""
+        ends = []
+        for spec in (OffsetSpec.earliest(), OffsetSpec.latest()):  # type: ignore[no-untyped-call]
+            futures = self._admin.list_offsets(
+                {TopicPartition(topic.name, partition): spec for partition in range(topic.partitions)},
+                request_timeout=_TIMEOUT_SECONDS,
+            )
+            ends.append([(await self._answer(future)).offset for future in futures.values()])
+        return int(sum(ends[1]) - sum(ends[0]))
 
     async def create(self, name: str, *, partitions: int, replicas: int, config: Mapping[str, str]) -> None:
         """Create a topic.

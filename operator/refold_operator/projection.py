@@ -58,6 +58,8 @@ PASSING = frozenset({"StreamNotReady", "Installing", "ProcessesEnding", "AsOfNot
 _BUSY = "ReadModelInUse"
 #: The reason where the read store doesn't answer.
 _AWAY = "ReadStoreUnreachable"
+#: What is made for a Projection, in the order in which it is needed.
+_CHILDREN = ("ServiceAccount", "Secret", "Service", "Deployment", "HorizontalPodAutoscaler", "PodDisruptionBudget")
 #: Seconds until a version that is being built is looked at again.
 _BUILDING_SECONDS = 2.0
 #: Seconds until a version with events to fold is looked at again.
@@ -223,7 +225,7 @@ async def finalize(projection: Projection, around: Surroundings) -> None:
         there = False
     with _cluster_errors():
         # The garbage collector would come for them only after the Projection is gone, and they hold tables and logins.
-        for kind in ("HorizontalPodAutoscaler", "Deployment", "Service", "Secret", "ServiceAccount"):
+        for kind in reversed(_CHILDREN):
             for child in await around.cluster.list(kind, namespace, selector=_children_of(projection)):
                 if children.owned_by(child, projection):
                     await around.cluster.delete(kind, namespace, child["metadata"]["name"])
@@ -407,7 +409,7 @@ async def _apply(
     with _cluster_errors():
         there = {
             (child["kind"], child["metadata"]["name"]): child
-            for kind in ("ServiceAccount", "Secret", "Service", "Deployment", "HorizontalPodAutoscaler")
+            for kind in _CHILDREN
             for child in await around.cluster.list(kind, namespace, selector=_children_of(projection))
         }
         finished = _finished(projection, state)
@@ -440,6 +442,7 @@ async def _apply(
         account = await ensure(children.query_account(projection))
         wanted.append(children.query(projection, image=around.image, secret=query_secret, account=account))
         scaling = projection.spec.query.scaling
+        wanted.append(children.query_budget(projection))
         if scaling is not None:
             wanted.append(children.query_autoscaler(projection, scaling))
         await _leave_query(projection, around, there)

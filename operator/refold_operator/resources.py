@@ -69,6 +69,7 @@ class Topic(_Model):
     name: str | None = None
     replicas: int | None = None
     config: dict[str, str] = {}
+    adopt: bool = False
 
 
 class EventType(_Model):

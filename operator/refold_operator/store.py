@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from refold import names
-from refold.eventstore import Limits, catalog, event_types, roles
+from refold.eventstore import Limits, catalog, event_types, roles, upkeep
 from refold.eventstore.catalog import Claim, Stream
 
 from refold_operator import credentials, dsn
@@ -37,6 +37,7 @@ class Store:
         self._claims = Batch(self._claim, most=_MADE, at_once=_MAKING)
         self._recordings = Batch(self._record, most=_READ)
         self._activations = Batch(self._activate, most=_READ)
+        self._looks = Batch(self._look, most=_READ)
 
     async def install(self, key: bytes) -> dict[str, str]:
         """Install or upgrade the store and make the logins of event store and relay.
@@ -117,6 +118,20 @@ class Store:
     async def _activate(self, wanted: Sequence[Stream]) -> list[Stream | Exception]:
         async with self.database.connection() as connection:
             return list(await catalog.activate_all(connection, wanted))
+
+    async def look(self, stream: Stream) -> upkeep.Found:
+        """Return what of the stream's schema isn't as it was made; see `refold.eventstore.upkeep`."""
+        return await self._looks.ask(stream)
+
+    async def _look(self, wanted: Sequence[Stream]) -> list[upkeep.Found | Exception]:
+        async with self.database.connection() as connection:
+            found = await upkeep.look(connection, wanted)
+        return [found[one.stream] for one in wanted]
+
+    async def repair(self, stream: Stream) -> None:
+        """Make the stream's roles, privileges and triggers again."""
+        async with self.database.connection() as connection:
+            await upkeep.repair(connection, stream)
 
     async def release(self, stream: Stream) -> None:
         """Let go of the stream; nothing is dropped."""

@@ -7,6 +7,8 @@ of two states is the later one is told by their resource versions: the API serve
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+from refold import names
+
 from refold_operator.cluster import Object
 from refold_operator.resources import FINALIZER
 from refold_operator.workqueue import Key
@@ -33,6 +35,7 @@ class Watched:
     def __init__(self) -> None:
         self._objects: dict[Key, Object] = {}
         self._told: dict[Key, _Asked] = {}
+        self._topics: dict[str, set[Key]] = {}  # the EventStreams that want each topic
 
     def bring(self, body: Object, *, listed: bool = False) -> bool:
         """Take in what a watch has brought; return whether it asks for something else than what was known.
@@ -68,16 +71,38 @@ class Watched:
 
     def _keep(self, key: Key, body: Object) -> None:
         metadata = {name: value for name, value in body["metadata"].items() if name not in _LEFT_OUT}
+        self._leave(key)
         self._objects[key] = {**body, "metadata": metadata}
+        if key.kind == "EventStream":
+            self._topics.setdefault(_topic(body), set()).add(key)
+
+    def older(self, key: Key) -> Key | None:
+        """Return the oldest other EventStream that wants the same topic, if it is older than this one."""
+        body = self._objects.get(key)
+        if body is None or len(rivals := self._topics.get(_topic(body), ())) < 2:
+            return None
+        first = min(rivals, key=lambda rival: _age(self._objects[rival]))
+        return None if first == key else first
 
     def get(self, key: Key) -> Object | None:
         """Return a resource, or None where there is none."""
         return self._objects.get(key)
 
-    def forget(self, key: Key) -> None:
-        """Forget a resource that is gone."""
-        self._objects.pop(key, None)
+    def forget(self, key: Key) -> set[Key]:
+        """Forget a resource that is gone; return the EventStreams that want the topic that it wanted."""
+        body = self._objects.get(key)
+        self._leave(key)
         self._told.pop(key, None)
+        wanted = None if body is None or key.kind != "EventStream" else _topic(body)
+        return set(self._topics.get(wanted, ())) if wanted else set()
+
+    def _leave(self, key: Key) -> None:
+        body = self._objects.pop(key, None)
+        if body is not None and key.kind == "EventStream":
+            wanting = self._topics[_topic(body)]
+            wanting.discard(key)
+            if not wanting:
+                del self._topics[_topic(body)]
 
     def uids(self) -> set[str]:
         """Return the UIDs of all."""
@@ -91,6 +116,17 @@ class Watched:
 
 def _key(body: Object) -> Key:
     return Key(body["kind"], body["metadata"]["namespace"], body["metadata"]["name"])
+
+
+def _topic(body: Object) -> str:
+    """Return the topic that an EventStream wants; that of a name can't be changed."""
+    named: str | None = (body.get("spec", {}).get("topic") or {}).get("name")
+    return named or names.topic(body["metadata"]["namespace"], body["metadata"]["name"])
+
+
+def _age(body: Object) -> tuple[str, str]:
+    """Return what sorts resources by their age, the oldest first."""
+    return body["metadata"]["creationTimestamp"], body["metadata"]["uid"]
 
 
 def _version(body: Any) -> int:

@@ -21,11 +21,12 @@ _PLURALS = {
     "Secret": "api/v1/{}/secrets",
     "ServiceAccount": "api/v1/{}/serviceaccounts",
     "HorizontalPodAutoscaler": "apis/autoscaling/v2/{}/horizontalpodautoscalers",
+    "PodDisruptionBudget": "apis/policy/v1/{}/poddisruptionbudgets",
     "Lease": "apis/coordination.k8s.io/v1/{}/leases",
 }
 RESOURCES = ("EventStream", "Projection")
 #: What the operator makes for resources.
-CHILDREN = ("Deployment", "Service", "Secret", "ServiceAccount", "HorizontalPodAutoscaler")
+CHILDREN = ("Deployment", "Service", "Secret", "ServiceAccount", "HorizontalPodAutoscaler", "PodDisruptionBudget")
 #: For so long an outage is waited for.
 _OUTAGE_SECONDS = 180.0
 _LOOK_SECONDS = 0.5

@@ -32,7 +32,6 @@ from tests.attack.read_side import BUILD_SECONDS, KINDS, ReadSide, Rebuilding
 from tests.attack.readers import Reader
 
 DISTURBANCES = int(os.environ.get("REFOLD_DISTURBANCES") or 10)
-_AT_LENGTH = DISTURBANCES > 100
 PARTITIONS = 6
 #: A build gives way while the live version lags, so more clients than the machine bears keep it from its end.
 CLIENTS = 6 if _AT_LENGTH else 3
@@ -107,8 +106,6 @@ def test_rows_are_the_fold_of_the_history_whatever_happens_to_projectors_and_sto
                 checks.check_no_deadlock(server)
             swaps = [model.swaps for model in side.models]
             assert min(swaps) > 0
-            if _AT_LENGTH:
-                assert side.refused > 0, "no projector whose partition another one had was refused"
             reads = sum(reader.reads for reader in readers)
             told = report(seed, side, counts, heads, len(built), reads, time.monotonic() - began)
     finally:

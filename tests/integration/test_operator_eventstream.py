@@ -7,6 +7,8 @@ from typing import Any, cast
 
 import psycopg
 import pytest
+from confluent_kafka import Producer
+from refold import names
 from refold.eventstore import catalog
 from refold.kafka import Brokers, Settings
 from refold_operator import credentials, eventstream, resources
@@ -76,7 +78,7 @@ def named(namespace: str, name: str, *, uid: str, **spec: Any) -> resources.Even
     return resources.event_stream({"metadata": metadata, "spec": {"partitions": 3, **spec}})
 
 
-async def reconcile(stream: resources.EventStream, store: Store, topics: Kafka) -> Result:
+async def reconcile(stream: resources.EventStream, store: Store, topics: Kafka, *, older: str | None = None) -> Result:
     """Reconcile, trying again while Kafka's answers are still on their way."""
     for _ in range(20):
         result = await eventstream.reconcile(
@@ -87,6 +89,7 @@ async def reconcile(stream: resources.EventStream, store: Store, topics: Kafka) 
             cluster=NO_CLUSTER,
             default_replicas=1,
             rules=Rules(),
+            older=older,
         )
         if result.conditions[0].reason != "TopicPending":
             break
@@ -274,6 +277,102 @@ async def test_a_foreign_topic_is_refused_until_it_is_gone(store: Store, topics:
     await topics.delete(f"shop.{name}")
     await until(topics, f"shop.{name}", there=False)
     assert ready(await reconcile(resource(name), store, topics)) == ("True", "Active")
+
+
+async def test_a_foreign_topic_is_adopted_where_the_spec_says_so_and_it_is_empty(
+    store: Store, topics: Kafka, kafka: KafkaServer, name: str
+) -> None:
+    topic = f"shop.{name}"
+    await topics.create(topic, partitions=4, replicas=1, config={"retention.ms": "1000"})
+    await until(topics, topic, there=True)
+    foreign = await topics.topic(topic)
+    assert foreign is not None
+    producer = Producer({"bootstrap.servers": kafka.bootstrap})
+    producer.produce(topic, b"{}")
+    assert producer.flush(30) == 0
+    adopting = resource(name, topic={"adopt": True}, deletionPolicy="Delete")
+    result = await reconcile(adopting, store, topics)
+    assert ready(result) == ("False", "TopicConflict")
+    assert "holds 1 records" in result.conditions[0].message
+    assert await store.stream("shop", name) is None
+    await topics.delete(topic)
+    await until(topics, topic, there=False)
+    await topics.create(topic, partitions=4, replicas=1, config={"retention.ms": "1000"})
+    await until(topics, topic, there=True)
+    result = await reconcile(adopting, store, topics)
+    assert ready(result) == ("True", "Active")
+    assert "1 more partitions" in result.conditions[1].message
+    adopted = await topics.topic(topic)
+    assert adopted is not None
+    assert "retention.ms" not in adopted.config, "it is as the spec says"
+    claim = await store.stream("shop", name)
+    assert claim is not None
+    assert claim.topic_id == adopted.id != foreign.id
+    assert ready(await reconcile(resource(name), store, topics)) == ("True", "Active"), "it is its own now"
+    await eventstream.finalize(adopting, store=store, kafka=topics, access=UNMANAGED)
+    await until(topics, topic, there=False)
+
+
+async def test_the_older_of_two_resources_with_one_topic_goes_first(store: Store, topics: Kafka, name: str) -> None:
+    younger = resource(f"{name}-younger", uid="u-2", topic={"name": f"shop.{name}"})
+    result = await reconcile(younger, store, topics, older=f"shop/{name}")
+    assert ready(result) == ("False", "TopicConflict")
+    assert f"shop/{name} is older" in result.conditions[0].message
+    assert await topics.topic(f"shop.{name}") is None
+    assert ready(await reconcile(younger, store, topics)) == ("True", "Active")
+    assert ready(await reconcile(younger, store, topics, older=f"shop/{name}")) == ("True", "Active"), "it holds it"
+
+
+async def test_what_somebody_takes_away_in_a_streams_schema_is_made_again(
+    store: Store, topics: Kafka, postgres: Postgres, name: str
+) -> None:
+    stream = resource(name)
+    await reconcile(stream, store, topics)
+    claim = await store.stream("shop", name)
+    assert claim is not None
+    schema = f"shop.{name}"
+
+    def role(part: str) -> str:
+        return names.resource_role(store.database.name, schema, part)
+
+    service = names.store_role(store.database.name, "eventstore")
+    taken = {
+        f'drop owned by "{role("writer")}"; drop role "{role("writer")}"': ("role ", "use of the schema", "calling"),
+        f'revoke usage on schema "{schema}" from "{role("reader")}"': ("use of the schema",),
+        f'revoke select on "{schema}".events from "{service}"': ("reading the events",),
+        f'revoke execute on all functions in schema "{schema}" from "{service}"': ("calling the functions",),
+        f'drop trigger append_only on "{schema}".events_1': ("triggers",),
+        f'alter table "{schema}".events disable trigger append_only': ("triggers",),
+    }
+    with psycopg.connect(postgres.dsn(store.database.name), autocommit=True) as superuser:
+        for statement, told in taken.items():
+            superuser.execute(statement)
+            result = await reconcile(stream, store, topics)
+            assert ready(result) == ("True", "Active"), statement
+            for words in told:
+                assert words in result.found, statement
+            again = await reconcile(stream, store, topics)
+            assert not again.found, statement
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="append-only"):
+            superuser.execute(f'truncate "{schema}".events_1')
+        superuser.execute(f"set role {service}")
+        superuser.execute(f'select from "{schema}".events')
+        superuser.execute("reset role")
+        superuser.execute(f"""set role "{role("writer")}" """)
+        appended = superuser.execute(
+            f"""select "{schema}".append('[{{"subject": "a", "events": [{{"id": "1", "type": "T", "data": 1}}]}}]')"""
+        ).fetchall()
+        superuser.execute("reset role")
+        assert len(appended) == 1
+
+        superuser.execute(f'drop function "{schema}".append(jsonb)')
+        assert ready(await reconcile(stream, store, topics)) == ("False", "HistoryDamaged")
+        superuser.execute(f'drop schema "{schema}" cascade')
+        result = await reconcile(stream, store, topics)
+        assert ready(result) == ("False", "HistoryDamaged")
+        assert "the schema" in result.conditions[0].message
+        exists = superuser.execute("select from pg_namespace where nspname = %s", [schema]).fetchone()
+        assert exists is None, "nothing is made in its place"
 
 
 async def test_a_crash_between_claim_and_topic_is_made_good(store: Store, topics: Kafka, name: str) -> None:

@@ -18,7 +18,7 @@ from refold_operator import children, controller, credentials, dsn, eventstream,
 from refold_operator.children import Image
 from refold_operator.cluster import covers
 from refold_operator.errors import ReconcileError
-from refold_operator.eventstream import Create, Keep, Refuse, plan_topic
+from refold_operator.eventstream import Create, Examine, Keep, Refuse, plan_topic
 from refold_operator.kafka import Topic
 from refold_operator.pace import Paces
 from refold_operator.projection import build_status, plan_versions
@@ -53,11 +53,18 @@ def topic(**changes: Any) -> Topic:
 
 
 def plan(
-    resource: resources.EventStream, *, topic: Topic | None, claim: Stream | None, cluster: str = CLUSTER
-) -> Refuse | Create | Keep:
+    resource: resources.EventStream, *, topic: Topic | None, claim: Stream | None, cluster: str = CLUSTER,
+    held: int | None = None,
+) -> Refuse | Examine | Create | Keep:  # fmt: skip
     return plan_topic(
-        resource, topic=topic, claim=claim, kafka_cluster=cluster, default_replicas=2, event_bytes=EVENT_BYTES
-    )
+        resource,
+        topic=topic,
+        claim=claim,
+        kafka_cluster=cluster,
+        default_replicas=2,
+        event_bytes=EVENT_BYTES,
+        held=held,
+    )  # fmt: skip
 
 
 class TestTopics:
@@ -77,6 +84,20 @@ class TestTopics:
         assert isinstance(planned, Refuse)
         assert planned.reason == "TopicConflict"
         assert "spec.topic.name" in planned.message
+
+    def test_a_topic_of_somebody_else_is_adopted_where_the_spec_says_so_and_it_is_empty(self) -> None:
+        adopting = stream(topic={"adopt": True})
+        for found, known in ((topic(), None), (topic(id="id-2"), claim()), (topic(), claim(uid=None, topic_id=None))):
+            assert isinstance(plan(stream(), topic=found, claim=known, held=0), Refuse)
+            assert plan(adopting, topic=found, claim=known) == Examine()
+            assert plan(adopting, topic=found, claim=known, held=0) == Keep({})
+            refused = plan(adopting, topic=found, claim=known, held=7)
+            assert isinstance(refused, Refuse)
+            assert (refused.reason, "7 records" in refused.message) == ("TopicConflict", True)
+        few = plan(adopting, topic=topic(partitions=5), claim=None, held=0)
+        assert isinstance(few, Refuse)
+        assert "5 partitions" in few.message
+        assert plan(adopting, topic=topic(), claim=claim()) == Keep({}), "its own isn't looked into"
 
     def test_a_topic_of_another_kafka_cluster_is_not_the_claimed_one(self) -> None:
         planned = plan(stream(), topic=topic(), claim=claim(), cluster="kafka-two")

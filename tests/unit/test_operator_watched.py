@@ -93,3 +93,32 @@ def test_a_list_replaces_what_is_known_even_by_an_earlier_version_as_after_a_res
 
     assert watched.bring(orders(40, status=4, generation=2), listed=True)
     assert events(watched) == 4
+
+
+def stream(name: str, created: str, *, uid: str = "", topic: str | None = None) -> dict[str, Any]:
+    body = orders(1, creationTimestamp=created)
+    body["metadata"] |= {"name": name, "uid": uid or f"u-{name}"}
+    return {**body, "spec": {"topic": {"name": topic}} if topic else {}}
+
+
+def test_of_those_that_want_one_topic_the_oldest_comes_first() -> None:
+    watched = Watched()
+    bodies = [
+        stream("young", "2026-11-27T10:00:02Z", topic="shop.orders"), stream("orders", "2026-11-27T10:00:01Z"),
+        stream("other", "2026-11-27T10:00:00Z"), stream("twin", "2026-11-27T10:00:01Z", uid="u-p", topic="shop.orders"),
+    ]  # fmt: skip
+    for body in bodies:
+        watched.bring(body)
+        watched.bring(body, listed=True)
+    keys = [Key("EventStream", "shop", body["metadata"]["name"]) for body in bodies]
+    young, first, other, twin = keys
+
+    assert [watched.older(key) for key in keys] == [first, None, None, first]
+    assert watched.forget(other) == set()
+    assert watched.forget(first) == {young, twin}
+    assert watched.older(young) == twin
+    assert watched.forget(twin) == {young}
+    assert watched.older(young) is None
+    assert watched.older(first) is None
+    assert watched.forget(first) == set()
+    assert watched.forget(young) == set()

@@ -174,7 +174,7 @@ async def claim_streams(conn: AsyncConnection[Any], claims: Sequence[Claim]) -> 
 
     async def claim() -> list[Stream | ConflictError]:
         await conn.execute("select pg_advisory_xact_lock_shared(%s, 0)", [_INSTALL_LOCK])
-        async with _as_owner(conn, _store_roles(conn)["owner"]):
+        async with as_owner(conn, _store_roles(conn)["owner"]):
             found = await _claim_rows(conn, claims)
         latest = migrations.load("stream")[-1].number
         behind = [one for one in found if isinstance(one, Stream) and one.migration < latest]
@@ -314,7 +314,7 @@ async def activate_all(conn: AsyncConnection[Any], streams: Sequence[Stream]) ->
 
 async def limit_events(conn: AsyncConnection[Any], event_bytes: int) -> None:
     """Let writers append in SQL what topics take that are made for events of `event_bytes`, and nothing larger."""
-    async with conn.transaction(), _as_owner(conn, _store_roles(conn)["owner"]):
+    async with conn.transaction(), as_owner(conn, _store_roles(conn)["owner"]):
         await conn.execute(
             "update refold.store set topic_bytes = %(most)s where topic_bytes is distinct from %(most)s",
             {"most": records.stored_bytes(event_bytes)},
@@ -335,7 +335,7 @@ async def set_event_types(conn: AsyncConnection[Any], stream: Stream, types: Map
         ConflictError: the stream isn't claimed by `stream.uid` any more.
     """
     wanted = None if types is None else event_types.encode(types)
-    async with conn.transaction(), _as_owner(conn, _store_roles(conn)["owner"]):
+    async with conn.transaction(), as_owner(conn, _store_roles(conn)["owner"]):
         if (await get_event_types(conn, stream.stream))[1] == wanted:
             return stream
         await _lock_heads(conn, [stream])
@@ -384,7 +384,7 @@ async def release_stream(conn: AsyncConnection[Any], stream: Stream) -> None:
 
     Appends under way are finished first. A stream that is gone or belongs to another resource is left alone.
     """
-    async with conn.transaction(), _as_owner(conn, _store_roles(conn)["owner"]):
+    async with conn.transaction(), as_owner(conn, _store_roles(conn)["owner"]):
         await _lock_heads(conn, [stream])
         cursor = await conn.execute(
             "update refold.streams set state = 'released', uid = null where stream = %s and uid = %s",
@@ -405,7 +405,7 @@ async def drop_stream(conn: AsyncConnection[Any], *, namespace: str, name: str, 
     """
     async with conn.transaction():
         await conn.execute("select pg_advisory_xact_lock_shared(%s, 0)", [_INSTALL_LOCK])
-        async with _as_owner(conn, _store_roles(conn)["owner"]), conn.cursor(row_factory=class_row(Stream)) as cursor:
+        async with as_owner(conn, _store_roles(conn)["owner"]), conn.cursor(row_factory=class_row(Stream)) as cursor:
             await cursor.execute(_STREAMS + sql.SQL(" where (namespace, name) = (%s, %s)"), [namespace, name])
             stream = await cursor.fetchone()
             if stream is None or stream.uid != uid:
@@ -460,7 +460,7 @@ async def set_definition(
     written = Definition(uid=uid, version=version, definition=definition)
     if await get_definition(conn, namespace, name) == written:
         return
-    async with conn.transaction(), _as_owner(conn, _store_roles(conn)["owner"]):
+    async with conn.transaction(), as_owner(conn, _store_roles(conn)["owner"]):
         await conn.execute(
             "insert into refold.definitions (namespace, name, uid, version, definition) values (%s, %s, %s, %s, %s) "
             "on conflict (namespace, name) do update "
@@ -474,7 +474,7 @@ async def drop_definition(conn: AsyncConnection[Any], *, namespace: str, name: s
     found = await get_definition(conn, namespace, name)
     if found is None or found.uid != uid:
         return
-    async with conn.transaction(), _as_owner(conn, _store_roles(conn)["owner"]):
+    async with conn.transaction(), as_owner(conn, _store_roles(conn)["owner"]):
         await conn.execute(
             "delete from refold.definitions where (namespace, name, uid) = (%s, %s, %s)", [namespace, name, uid]
         )
@@ -542,7 +542,7 @@ async def positions_at(conn: AsyncConnection[Any], stream: Stream, moment: dt.da
     None where `moment` hasn't passed by the store's clock. Otherwise the answer is final: it is read while no append is
     under way, and what is appended later is recorded later.
     """
-    async with conn.transaction(), _as_owner(conn, _store_roles(conn)["owner"]):
+    async with conn.transaction(), as_owner(conn, _store_roles(conn)["owner"]):
         await _lock_heads(conn, [stream])
         cursor = await conn.execute(
             "select head, recorded_at <= %(moment)s, clock_timestamp() > %(moment)s from refold.heads "
@@ -561,7 +561,7 @@ async def positions_at(conn: AsyncConnection[Any], stream: Stream, moment: dt.da
     ).format(sql.Identifier(stream.schema, "events"))
     while open_ := [partition for partition in range(len(heads)) if high[partition] - low[partition] > 1]:
         middles = [(low[partition] + high[partition]) // 2 for partition in open_]
-        async with conn.transaction(), _as_owner(conn, _store_roles(conn)["owner"]):
+        async with conn.transaction(), as_owner(conn, _store_roles(conn)["owner"]):
             found = await (await conn.execute(step, [moment, open_, middles])).fetchall()
         if len(found) != len(open_):
             raise EventStoreError(f"the stream {stream.namespace}/{stream.name} lacks events below its heads")
@@ -617,7 +617,7 @@ async def _migrate_store(conn: AsyncConnection[Any]) -> str:
     await roles.ensure_group(conn, store_roles.values())
     await roles.adopt_owner(conn, store_roles["owner"])
     await _ensure_schema(conn, store_roles["owner"])
-    async with _as_owner(conn, store_roles["owner"]):
+    async with as_owner(conn, store_roles["owner"]):
         await conn.execute(LOCK_TIMEOUT)
         for table in ("migrations", "additions"):
             await conn.execute(
@@ -690,7 +690,7 @@ async def _migrate_streams(conn: AsyncConnection[Any], streams: Sequence[Stream]
             .format(available[-1].number, stream.stream)
             .as_string()
         )
-    async with _as_owner(conn, store_roles["owner"]):
+    async with as_owner(conn, store_roles["owner"]):
         # One message for all of it: creating many streams must not take a round trip a statement.
         await conn.execute(";\n".join(statements).encode(), prepare=False)
     return [msgspec.structs.replace(stream, migration=available[-1].number) for stream in streams]
@@ -703,7 +703,7 @@ async def _upgrade_streams(conn: AsyncConnection[Any]) -> None:
         locked = sql.SQL(" where stream = {} and migration < {} for update").format(behind.stream, latest)
 
         async def upgrade(locked: sql.Composable = locked) -> None:
-            async with _as_owner(conn, _store_roles(conn)["owner"]):
+            async with as_owner(conn, _store_roles(conn)["owner"]):
                 found = await _select(conn, locked)
             await _migrate_streams(conn, found)
 
@@ -749,7 +749,7 @@ async def _update(
     """
     wanted = {stream.stream: value for stream, value in zip(streams, values, strict=True)}
     where = sql.SQL(" where stream = any({}) order by stream for update").format(list(wanted))
-    async with conn.transaction(), _as_owner(conn, _store_roles(conn)["owner"]):
+    async with conn.transaction(), as_owner(conn, _store_roles(conn)["owner"]):
         if len(streams) > 1:
             await conn.execute(LOCK_TIMEOUT)
         if column == "state":
@@ -796,8 +796,12 @@ async def _select(conn: AsyncConnection[Any], where: sql.Composable) -> list[Str
 
 
 @contextlib.asynccontextmanager
-async def _as_owner(conn: AsyncConnection[Any], owner: str) -> AsyncIterator[None]:
-    """Act as `owner` for a part of the current transaction."""
+async def as_owner(conn: AsyncConnection[Any], owner: str) -> AsyncIterator[None]:
+    """Act as `owner`, the store's owner role, for a part of the current transaction.
+
+    Raises:
+        NotInstalledError: there is no such role.
+    """
     try:
         await conn.execute(sql.SQL("set local role {}").format(sql.Identifier(owner)))
     except psycopg.errors.InvalidParameterValue as error:  # there is no such role
