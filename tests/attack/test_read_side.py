@@ -32,6 +32,7 @@ from tests.attack.read_side import BUILD_SECONDS, KINDS, ReadSide, Rebuilding
 from tests.attack.readers import Reader
 
 DISTURBANCES = int(os.environ.get("REFOLD_DISTURBANCES") or 10)
+_AT_LENGTH = DISTURBANCES > 100
 PARTITIONS = 6
 #: A build gives way while the live version lags, so more clients than the machine bears keep it from its end.
 CLIENTS = 6 if _AT_LENGTH else 3
