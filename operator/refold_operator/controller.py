@@ -89,11 +89,10 @@ class Controller:
         result: eventstream.Result | projection.Result
         left: float | None = None
         if isinstance(resource, EventStream):
-            older = self._watched.older(key)
             result = await eventstream.reconcile(
                 resource, store=self._store, kafka=self._kafka, access=self._access, cluster=self._cluster,
                 default_replicas=self._settings.topic_replicas, rules=self._settings.rules,
-                older=None if older is None else f"{older.namespace}/{older.name}",
+                older=self._older(key),
             )  # fmt: skip
         else:
             left = projection.seconds_left(resource, now=dt.datetime.now(dt.UTC))
@@ -114,6 +113,18 @@ class Controller:
             return Outcome(again=result.again, failed=True, reason=ready.reason, message=ready.message)
         moments = [until_resync(self._settings.resync_seconds, time.monotonic()), result.again, left]
         return Outcome(again=min(moment for moment in moments if moment is not None))
+
+    def _older(self, key: Key) -> str | None:
+        """Return an older EventStream that wants the same topic and may have it."""
+        for body in self._watched.older(key):
+            rival = resources.event_stream(body)
+            if (
+                rival.metadata.deletion_timestamp is None
+                and resources.why_paused(rival) is None
+                and not eventstream.problems(rival, self._settings.rules)
+            ):
+                return f"{rival.metadata.namespace}/{rival.metadata.name}"
+        return None
 
     async def finalize(self, key: Key) -> Outcome:
         """Do what is left to do for a resource that is being deleted; failed means that it has to be tried again."""

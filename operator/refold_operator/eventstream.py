@@ -19,6 +19,7 @@ from refold.eventstore import records
 from refold.eventstore.catalog import Stream
 from refold.eventstore.errors import ConflictError, EventStoreError, NotInstalledError
 from refold.kafka import CredentialsError
+from refold.projection.definition import Problem
 
 from refold_operator import children, spec_guard
 from refold_operator.access import Access
@@ -177,19 +178,24 @@ def event_types(stream: EventStream) -> dict[str, Any] | None:
     return {each.name: each.json_schema for each in stream.spec.events}
 
 
+def problems(stream: EventStream, rules: spec_guard.Rules) -> list[Problem]:
+    """Return what the admission webhook refuses in the stream, where it came in nevertheless."""
+    namespace = stream.metadata.namespace
+    found = spec_guard.check_namespace(namespace, rules)
+    return found + spec_guard.check_event_stream(stream.definition, namespace=namespace, rules=rules)
+
+
 def _guard(stream: EventStream, rules: spec_guard.Rules) -> None:
-    """Refuse what the admission webhook refuses, where it came in nevertheless.
+    """Refuse what the admission webhook refuses.
 
     Raises:
         ReconcileError: it says which field, and why.
     """
-    namespace = stream.metadata.namespace
-    problems = spec_guard.check_namespace(namespace, rules)
-    problems += spec_guard.check_event_stream(stream.definition, namespace=namespace, rules=rules)
-    if problems:
-        condition = "TopicReady" if problems[0].path.startswith("spec.topic") else "StoreReady"
-        message = f"{spec_guard.told(problems)}. Nothing was changed; events are taken as before"
-        raise ReconcileError(condition, problems[0].reason, message)
+    found = problems(stream, rules)
+    if found:
+        condition = "TopicReady" if found[0].path.startswith("spec.topic") else "StoreReady"
+        message = f"{spec_guard.told(found)}. Nothing was changed; events are taken as before"
+        raise ReconcileError(condition, found[0].reason, message)
 
 
 @dataclasses.dataclass(frozen=True)

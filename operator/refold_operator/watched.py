@@ -76,13 +76,13 @@ class Watched:
         if key.kind == "EventStream":
             self._topics.setdefault(_topic(body), set()).add(key)
 
-    def older(self, key: Key) -> Key | None:
-        """Return the oldest other EventStream that wants the same topic, if it is older than this one."""
+    def older(self, key: Key) -> list[Object]:
+        """Return the EventStreams that want the same topic and are older than this one, the oldest first."""
         body = self._objects.get(key)
         if body is None or len(rivals := self._topics.get(_topic(body), ())) < 2:
-            return None
-        first = min(rivals, key=lambda rival: _age(self._objects[rival]))
-        return None if first == key else first
+            return []
+        before = [one for rival in rivals if _age(one := self._objects[rival]) < _age(body)]
+        return sorted(before, key=_age)
 
     def get(self, key: Key) -> Object | None:
         """Return a resource, or None where there is none."""

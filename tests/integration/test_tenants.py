@@ -88,6 +88,15 @@ def test_a_topic_that_is_for_another_namespace_isnt_made(api: ApiServer, operato
     assert ready(api, "eventstream", "bank", "squatter") == ("False", "TopicNotAllowed")
 
 
+def test_who_wants_anothers_topic_waits_until_it_is_gone(api: ApiServer, operator: Operator) -> None:
+    api.apply(event_stream("shop", "first", deletionPolicy="Delete"))
+    becomes(api, "eventstream", "shop", "first", "True", "Active")
+    api.apply(event_stream("shop", "second", topic={"name": "shop.first"}))
+    becomes(api, "eventstream", "shop", "second", "False", "TopicConflict")
+    api.kubectl("delete", "eventstream/first", "-n", "shop", "--timeout=60s")
+    becomes(api, "eventstream", "shop", "second", "True", "Active")
+
+
 def test_a_deletion_ends_and_a_child_that_is_gone_is_made_again(api: ApiServer, operator: Operator) -> None:
     api.kubectl("delete", "service", "status-query", "-n", "shop")
     until(lambda: "status-query" in names(api, "services", "shop"))

@@ -113,12 +113,14 @@ def test_of_those_that_want_one_topic_the_oldest_comes_first() -> None:
     keys = [Key("EventStream", "shop", body["metadata"]["name"]) for body in bodies]
     young, first, other, twin = keys
 
-    assert [watched.older(key) for key in keys] == [first, None, None, first]
+    def older(key: Key) -> list[str]:
+        return [body["metadata"]["name"] for body in watched.older(key)]
+
+    assert [older(key) for key in keys] == [["orders", "twin"], [], [], ["orders"]]
     assert watched.forget(other) == set()
     assert watched.forget(first) == {young, twin}
-    assert watched.older(young) == twin
+    assert older(young) == ["twin"]
     assert watched.forget(twin) == {young}
-    assert watched.older(young) is None
-    assert watched.older(first) is None
+    assert older(young) == older(first) == []
     assert watched.forget(first) == set()
     assert watched.forget(young) == set()
