@@ -95,6 +95,10 @@ demo: up ## From nothing to a table of rows: flights of 2013 (DEMO_MONTHS=12: th
 e2e: up ## Tests on the kind cluster
 	$(PYTEST) tests/e2e
 
+.PHONY: e2e-upgrade
+e2e-upgrade: up ## On the kind cluster, whose Refold is installed anew: from 0.1.0 to this release, back, and to it again
+	REFOLD_UPGRADE=1 $(PYTEST) -s tests/e2e/test_upgrade_from_0_1_0.py
+
 .PHONY: down
 down: ## Delete the kind cluster
 	@hack/kind/down.sh
