@@ -267,9 +267,9 @@ class Connections:
                 self._idle.clear()
             for one in stale:
                 await one.close()
-        for turn in wanted:
-            _say(turn, None)
         self._wake()
+        for turn in wanted:  # after the one who waits for any, so that they don't come before him
+            _say(turn, None)
 
     async def ask(self, read: Callable[[AsyncConnection[Any]], Awaitable[_T]], *, seconds: float) -> _T:
         """Return what `read` reads, asked once more where a connection had broken while it was idle.

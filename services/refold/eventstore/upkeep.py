@@ -21,11 +21,15 @@ _LOOK = """
 with asked as (
   select * from unnest(%(streams)s::int[], %(schemas)s::text[], %(partitions)s::int[], %(writers)s::text[],
                        %(readers)s::text[]) as t (stream, schema, partitions, writer, reader)
+), functions as materialized (  -- once for all: each stream has functions of the same names
+  select pronamespace, array_agg(oid) as oids, array_agg(pronargs) as arguments from pg_proc
+  where proname = any (%(functions)s) group by pronamespace
 ), found as (
   select asked.*, n.oid as schema_oid, e.oid as events_oid, w.oid as writer_oid, r.oid as reader_oid,
-         s.oid as eventstore_oid, y.oid as relay_oid
+         s.oid as eventstore_oid, y.oid as relay_oid, f.oids as functions, f.arguments
   from asked
   left join pg_namespace n on n.nspname = asked.schema
+  left join functions f on f.pronamespace = n.oid
   left join pg_class e on e.relnamespace = n.oid and e.relname = 'events'
   left join pg_roles w on w.rolname = asked.writer
   left join pg_roles r on r.rolname = asked.reader
@@ -34,7 +38,7 @@ with asked as (
 )
 select stream, schema_oid is not null, events_oid is not null,
   (select count(*) from pg_inherits i where i.inhparent = events_oid) = partitions,
-  (select count(*) from pg_proc p where p.pronamespace = schema_oid and p.proname = any (%(functions)s)),
+  coalesce(cardinality(functions), 0),
   array_remove(array[
     case when writer_oid is null then 'role ' || writer end,
     case when reader_oid is null then 'role ' || reader end,
@@ -48,15 +52,14 @@ select stream, schema_oid is not null, events_oid is not null,
                    and has_table_privilege(relay_oid, events_oid, 'select'), false) is false
          then 'reading the events' end,
     case when exists (
-      select from pg_proc p where p.pronamespace = schema_oid and p.proname = any (%(functions)s)
-        and coalesce(has_function_privilege(
-              case when p.pronargs = 1 then writer_oid else eventstore_oid end, p.oid, 'execute'), false) is false
+      select from unnest(functions, arguments) as p (function, arguments)
+      where coalesce(has_function_privilege(
+        case when p.arguments = 1 then writer_oid else eventstore_oid end, p.function, 'execute'), false) is false
     ) then 'calling the functions' end,
     case when (
       select count(*) from pg_trigger t
       where t.tgname = 'append_only' and t.tgenabled = 'A' and not t.tgisinternal
-        and (t.tgrelid = events_oid or t.tgrelid in (
-          select i.inhrelid from pg_inherits i where i.inhparent = events_oid))
+        and t.tgrelid = any (array(select i.inhrelid from pg_inherits i where i.inhparent = events_oid) || events_oid)
     ) <> partitions + 1 then 'triggers that refuse changes' end
   ], null)
 from found
