@@ -140,9 +140,14 @@ def plan_topic(
     )
     if recorded != topic.id and not just_made:
         if not stream.spec.topic.adopt:
-            again = f"was deleted and made again by someone else (its id is {topic.id}, ours was {recorded}); delete it"
-            advice = f"{again}, and it is made and filled from history again, or set spec.topic.adopt if it is empty"
-            return Refuse("TopicConflict", f"the topic {name} {advice}" if recorded else _foreign(name))
+            if not recorded:
+                return Refuse("TopicConflict", _foreign(name))
+            return Refuse(
+                "TopicConflict",
+                f"the topic {name} was deleted and made again by someone else (its id is {topic.id}, ours was "
+                f"{recorded}); delete it, and it is made and filled from history again, or set spec.topic.adopt if it is "
+                "empty",
+            )
         if held is None:
             return Examine()
         if held:

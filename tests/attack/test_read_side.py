@@ -107,6 +107,8 @@ def test_rows_are_the_fold_of_the_history_whatever_happens_to_projectors_and_sto
                 checks.check_no_deadlock(server)
             swaps = [model.swaps for model in side.models]
             assert min(swaps) > 0
+            if _AT_LENGTH:
+                assert side.refused > 0, "no projector whose partition another one had was refused"
             reads = sum(reader.reads for reader in readers)
             told = report(seed, side, counts, heads, len(built), reads, time.monotonic() - began)
     finally:

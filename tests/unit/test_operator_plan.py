@@ -64,7 +64,7 @@ def plan(
         default_replicas=2,
         event_bytes=EVENT_BYTES,
         held=held,
-    )  # fmt: skip
+    )
 
 
 class TestTopics:

@@ -217,7 +217,9 @@ class Connections:
                     self._wake()
                 raise
         if self._idle:
-            at = next((at for at, (conn, _) in enumerate(self._idle) if conn is like), -1)
+            at = -1  # nearly always the one that is wanted
+            if self._idle[at].conn is not like:
+                at = next((at for at, (conn, _) in enumerate(self._idle) if conn is like), -1)
             held = self._idle.pop(at)
         else:
             self._open += 1

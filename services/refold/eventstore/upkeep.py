@@ -11,7 +11,7 @@ from psycopg import AsyncConnection, sql
 
 from refold import names
 from refold.eventstore import roles
-from refold.eventstore.catalog import Stream, as_owner
+from refold.eventstore.catalog import Stream, as_owner, reader_role, writer_role
 
 _FUNCTIONS = ["append", "append_all", "append_group", "append_one"]
 #: Of `append`, `append_all` in two forms, `append_group` and `append_one`: by the stream's migration.
@@ -87,8 +87,8 @@ async def look(conn: AsyncConnection[Any], streams: Sequence[Stream]) -> dict[in
             "streams": [one.stream for one in streams],
             "schemas": [one.schema for one in streams],
             "partitions": [one.partitions for one in streams],
-            "writers": [names.resource_role(database, one.schema, "writer") for one in streams],
-            "readers": [names.resource_role(database, one.schema, "reader") for one in streams],
+            "writers": [writer_role(conn, one) for one in streams],
+            "readers": [reader_role(conn, one) for one in streams],
             "eventstore": names.store_role(database, "eventstore"),
             "relay": names.store_role(database, "relay"),
             "functions": _FUNCTIONS,
@@ -118,8 +118,7 @@ async def repair(conn: AsyncConnection[Any], stream: Stream) -> None:
         psycopg.errors.LockNotAvailable: somebody holds a table whose trigger is missing.
     """
     database = conn.info.dbname
-    writer = names.resource_role(database, stream.schema, "writer")
-    reader = names.resource_role(database, stream.schema, "reader")
+    writer, reader = writer_role(conn, stream), reader_role(conn, stream)
     eventstore, relay = names.store_role(database, "eventstore"), names.store_role(database, "relay")
     async with conn.transaction():
         await roles.ensure_group(conn, [writer, reader])
