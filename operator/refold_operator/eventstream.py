@@ -145,8 +145,8 @@ def plan_topic(
             return Refuse(
                 "TopicConflict",
                 f"the topic {name} was deleted and made again by someone else (its id is {topic.id}, ours was "
-                f"{recorded}); delete it, and it is made and filled from history again, or set spec.topic.adopt if it is "
-                "empty",
+                f"{recorded}); delete it, and it is made and filled from history again, or set spec.topic.adopt if it "
+                "is empty",
             )
         if held is None:
             return Examine()
