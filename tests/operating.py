@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import httpx
 import psycopg
 import yaml
+from confluent_kafka.admin import AdminClient
 
 from hack.servers import Kafka, Postgres
 from hack.servers.callers import get
@@ -54,6 +55,7 @@ class Operator:
         self.port = free_port()
         self._api = api
         self.store, self.readstore = databases
+        _emptied(kafka)
         with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
             connection.execute(f"create role {admin} login createrole password 'local'")
             for database in databases:
@@ -141,6 +143,19 @@ class Operator:
     def metric(self, name: str) -> float:
         lines = get(f"http://127.0.0.1:{self.port}/metrics").text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+def _emptied(kafka: Kafka) -> None:
+    """Delete the topics that another installation left: of the same name, they would be foreign ones to this one."""
+    admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
+
+    def found() -> list[str]:
+        return [name for name in admin.list_topics(timeout=10).topics if not name.startswith("__")]
+
+    if left := found():
+        for deleted in admin.delete_topics(left).values():
+            deleted.result()
+    until(lambda: not found())
 
 
 def event_stream(namespace: str, name: str = "orders", **spec: Any) -> dict[str, Any]:

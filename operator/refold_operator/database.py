@@ -133,14 +133,13 @@ class Database:
     @contextlib.asynccontextmanager
     async def _connection(self) -> AsyncIterator[AsyncConnection[Any]]:
         try:
-            async with self._pool.connection() as connection:
+            async with contextlib.AsyncExitStack() as stack:
+                connection = await self._taken(stack)
                 # With the session there, so that the next holder ends it.
                 self._guard()
                 if not self._alone:
                     await self._end_others(connection)
                 yield connection
-        except psycopg_pool.PoolTimeout:
-            raise UnreachableError(self.system, await self._why()) from None
         except psycopg.Error as error:
             if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError) and error.sqlstate is None:
                 raise UnreachableError(self.system, _line(error)) from error
@@ -149,6 +148,20 @@ class Database:
             if error.sqlstate is not None and error.sqlstate.startswith(_PASSING):
                 raise UnreachableError(self.system, _line(error)) from error
             raise
+
+    async def _taken(self, stack: contextlib.AsyncExitStack) -> AsyncConnection[Any]:
+        """Return a connection of the pool, which has it back when `stack` ends."""
+        try:
+            return await stack.enter_async_context(self._pool.connection())
+        except psycopg_pool.PoolTimeout:
+            if why := await self._why():
+                raise UnreachableError(self.system, why) from None
+        # The server answers; but the pool had given its attempts up, after this wait began, and makes others only for
+        # who asks anew.
+        try:
+            return await stack.enter_async_context(self._pool.connection())
+        except psycopg_pool.PoolTimeout:
+            raise UnreachableError(self.system, f"no connection was free within {_WAIT_SECONDS:.0f} s") from None
 
     async def _end_others(self, connection: AsyncConnection[Any]) -> None:
         """End the sessions of other processes of the operator, once."""
@@ -163,14 +176,14 @@ class Database:
                 )
             self._alone = True
 
-    async def _why(self) -> str:
-        """Return what the server answers to one connection; the pool itself tells only that it waited."""
+    async def _why(self) -> str | None:
+        """Return why the server refuses a connection, None where it doesn't; the pool tells only that it waited."""
         try:
             connection = await psycopg.AsyncConnection.connect(self.dsn, connect_timeout=_CONNECT_SECONDS)
         except psycopg.Error as error:
             return _line(error)
         await connection.close()
-        return f"no connection was free within {_WAIT_SECONDS:.0f} s"
+        return None
 
 
 def _line(error: psycopg.Error) -> str:

@@ -54,6 +54,28 @@ async def test_a_password_of_postgresql_is_taken_over_from_the_file(postgres: Po
         await database.close()
 
 
+async def test_who_asked_before_the_pool_gave_up_is_served_once_the_server_answers(postgres: Postgres) -> None:
+    def allow(login: str) -> None:
+        with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
+            connection.execute(f"alter role awaited {login}")
+
+    with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
+        connection.execute("create role awaited nologin")
+    database = Database(postgres.dsn(user="awaited"), "event store")
+    await database.open()
+    try:
+        first = asyncio.create_task(answers(database))
+        await asyncio.sleep(3)
+        second = asyncio.create_task(answers(database))
+        with pytest.raises(UnreachableError, match="awaited"):
+            await first
+        await asyncio.sleep(1)  # the attempts that the first one began are over, and the second began none
+        allow("login")
+        assert await second
+    finally:
+        await database.close()
+
+
 def projection() -> resources.Projection:
     metadata = {"namespace": "shop", "name": "status", "uid": "u", "generation": 1, "resourceVersion": "1"}
     return resources.projection({"metadata": metadata, "spec": {"streams": ["orders"], "readStore": {"type": "redis"}}})
