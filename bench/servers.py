@@ -103,7 +103,7 @@ class Servers:
             return _GivenKafka(self._given[1])
         if self._shared:
             return self._shared.kafka
-        broker = Kafka()
+        broker = Kafka(lasting=True)
         self._cleaning.callback(broker.remove)
         broker.start()
         return broker
