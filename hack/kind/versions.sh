@@ -22,4 +22,8 @@ HELM=3.22.0
 HELM_LEAST=3.14.0
 KUBECTL_LEAST=1.33.0         # kubectl may differ from the API server by one minor version
 
+# What scales on the cluster where autoscalers.sh was asked for it.
+METRICS_SERVER=0.9.0
+KEDA=2.21.0
+
 BASE_IMAGE=debian:bookworm-slim

@@ -36,5 +36,13 @@ begin helm
 "$go" get "helm.sh/helm/v3/cmd/helm@v$HELM"
 "$go" mod tidy
 
+begin metrics-server
+"$go" get "sigs.k8s.io/metrics-server/cmd/metrics-server@v$METRICS_SERVER"
+"$go" mod tidy
+
+begin keda
+"$go" get "github.com/kedacore/keda/v2@v$KEDA"
+"$go" mod tidy
+
 begin pause
 "$go" mod tidy
