@@ -373,7 +373,7 @@ async def _topic(
             found = f"the topic {name} was gone and has been made again; the relay fills it from history"
     elif plan.config:
         with _kafka_errors(name):
-            await kafka.configure(name, plan.config)
+            await kafka.configure(name, plan.config, now={} if topic is None else topic.config)
         if claim.topic_id:
             found = f"configured the topic {name}: {', '.join(sorted(plan.config))}"
     if topic is None:

@@ -96,10 +96,11 @@ class _Made:
 
 @dataclasses.dataclass(frozen=True)
 class _Changed:
-    """Configs of a topic that are to be changed; None takes one away."""
+    """Configs of a topic that are to be changed; None takes one away. `values` are those that are taken away."""
 
     name: str
     changes: tuple[tuple[str, str | None], ...]
+    values: tuple[tuple[str, str], ...]
 
 
 class Kafka:
@@ -218,29 +219,49 @@ class Kafka:
                 raise TopicExistsError(name) from error
             raise
 
-    async def configure(self, name: str, changes: Mapping[str, str | None]) -> None:
+    async def configure(self, name: str, changes: Mapping[str, str | None], *, now: Mapping[str, str]) -> None:
         """Set configs of a topic; None takes a config away, so that the broker's default applies.
+
+        Args:
+            name: the topic's.
+            changes: to which values.
+            now: the topic's configs as they are.
 
         Raises:
             TopicRefusedError: the broker refuses a config.
         """
-        await self._changes.ask(_Changed(name, tuple(sorted(changes.items()))))
+        gone = {config: now[config] for config, value in changes.items() if value is None and config in now}
+        await self._changes.ask(_Changed(name, tuple(sorted(changes.items())), tuple(sorted(gone.items()))))
 
     async def _configure(self, wanted: Sequence[_Changed]) -> list[Exception | None]:
+        # Seen in Kafka 4.3: where a topic was deleted and made again, a broker that starts again shows the former one's
+        # configs, too, and to take one away does nothing, since the controller doesn't know it. So it is set before.
+        known = [one for one in wanted if one.values]
+        failed = dict(zip(known, await self._alter_configs([(one.name, one.values) for one in known]), strict=True))
+        left = [one for one in wanted if failed.get(one) is None]
+        failed |= zip(left, await self._alter_configs([(one.name, one.changes) for one in left]), strict=True)
+        return [failed[one] for one in wanted]
+
+    async def _alter_configs(
+        self, topics: Sequence[tuple[str, Iterable[tuple[str, str | None]]]]
+    ) -> list[Exception | None]:
+        """Change configs of topics; return why one failed, for each."""
+        if not topics:
+            return []
         resources = [
             ConfigResource(
                 ResourceType.TOPIC,
-                one.name,
+                name,
                 incremental_configs=[
                     ConfigEntry(
                         config,
                         value,
                         incremental_operation=AlterConfigOpType.DELETE if value is None else AlterConfigOpType.SET,
                     )
-                    for config, value in one.changes
+                    for config, value in changes
                 ],
             )
-            for one in wanted
+            for name, changes in topics
         ]
         futures = self._changing().incremental_alter_configs(resources, request_timeout=_TIMEOUT_SECONDS)
         return await _each(self._answer(futures[resource]) for resource in resources)

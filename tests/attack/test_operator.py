@@ -302,11 +302,20 @@ class Life:
             for slot in self._slots:
                 self._plane.api.delete(slot.kind, slot.namespace, slot.name)
 
+    def _under_way(self) -> list[str]:
+        """Return the Projections that say that something of them is being made or replaced."""
+        return [
+            f"{one['metadata']['name']}: {condition['reason']}"
+            for one in self._plane.api.list("Projection")
+            for condition in one.get("status", {}).get("conditions", [])
+            if condition["type"] == "Progressing" and condition["status"] != "False"
+        ]
+
     def _missing(self, phase: str) -> list[str]:
         """Return what keeps a phase from its end."""
         roll_out(self._plane.api)
         final = dict(zip(self._slots, self._specs[phase], strict=False))
-        missing = unsettled(self._plane, final)
+        missing = unsettled(self._plane, final) or self._under_way()
         if missing or phase not in self._reached:
             return missing
         try:

@@ -574,7 +574,7 @@ def test_each_right_of_the_operator_is_needed_and_all_together_are_enough(world:
         await kafka.create(name, partitions=1, replicas=1, config={})
         while await kafka.topic(name) is None:  # noqa: ASYNC110 - what is waited for has no event
             await asyncio.sleep(0.02)
-        await kafka.configure(name, {"retention.ms": "1000"})
+        await kafka.configure(name, {"retention.ms": "1000"}, now={})
         await world.operator.stream(resource(world.orders), world.orders.topic)
         await kafka.delete(name)
 

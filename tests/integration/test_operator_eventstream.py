@@ -437,13 +437,35 @@ async def test_drift_of_the_topics_config_is_undone(store: Store, topics: Kafka,
     spec = {"config": {"retention.ms": "1000"}}
     await reconcile(resource(name, topic=spec), store, topics)
     drifted = {"retention.ms": "5", "segment.ms": "777", "cleanup.policy": "compact"}
-    await topics.configure(f"shop.{name}", drifted)
+    await topics.configure(f"shop.{name}", drifted, now={})
     await until_configured(topics, f"shop.{name}", {**drifted, **MESSAGE_BYTES})
     result = await reconcile(resource(name, topic=spec), store, topics)
     assert "retention.ms" in result.found
     await until_configured(
         topics, f"shop.{name}", {"retention.ms": "1000", "cleanup.policy": "delete", **MESSAGE_BYTES}
     )
+
+
+async def test_what_a_former_topic_of_the_name_had_is_undone_after_the_broker_was_restarted(
+    store: Store, topics: Kafka, kafka: KafkaServer, name: str
+) -> None:
+    former = {"segment.bytes": "2000000", "retention.bytes": "7"}
+    await topics.create(f"shop.{name}", partitions=3, replicas=1, config=former)
+    await until(topics, f"shop.{name}", there=True)
+    await topics.delete(f"shop.{name}")
+    await until(topics, f"shop.{name}", there=False)
+    await reconcile(resource(name), store, topics)
+    await asyncio.to_thread(kafka.restart)
+    topic = await topics.topic(f"shop.{name}")
+    assert topic is not None
+    assert former.items() <= topic.config.items(), "Kafka shows them; where it doesn't any more, this test can go"
+    result = await reconcile(resource(name), store, topics)
+    assert ready(result) == ("True", "Active")
+    await until_configured(topics, f"shop.{name}", {"cleanup.policy": "delete", **MESSAGE_BYTES})
+    await asyncio.to_thread(kafka.restart)
+    topic = await topics.topic(f"shop.{name}")
+    assert topic is not None
+    assert topic.config == {"cleanup.policy": "delete", **MESSAGE_BYTES}
 
 
 async def test_what_kafka_refuses_is_said_with_its_words(store: Store, topics: Kafka, name: str) -> None:

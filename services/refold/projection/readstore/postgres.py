@@ -703,7 +703,7 @@ async def _grant(conn: AsyncConnection[Any], schema: str) -> None:
         # temporary: a batch is staged in a temporary table
         statement = (
             "grant {connect} on database {database} to {role}; grant usage on schema {schema} to {role}; "
-            "grant select on all tables in schema {schema} to {role}"
+            "grant select on {all} to {role}"
         )
         if writes:
             statement += (
@@ -714,6 +714,12 @@ async def _grant(conn: AsyncConnection[Any], schema: str) -> None:
             statement += "; grant update ({mark}) on {parked} to {role}"
         cursor = await conn.execute(sql.SQL("select version from {}.versions").format(sql.Identifier(schema)))
         tables = ["parked", *(rows_table(row[0]) for row in await cursor.fetchall())]
+        # not the view, which is for those who read in SQL
+        cursor = await conn.execute(
+            "select relname::text from pg_class where relnamespace = %s::regnamespace and relkind = 'r' order by 1",
+            [sql.Identifier(schema).as_string(conn)],
+        )
+        everything = [row[0] for row in await cursor.fetchall()]
         await conn.execute(
             sql.SQL(statement).format(
                 connect=sql.SQL("connect, temporary" if writes else "connect"),
@@ -725,6 +731,7 @@ async def _grant(conn: AsyncConnection[Any], schema: str) -> None:
                 discarded=sql.Identifier(schema, "discarded"),
                 mark=sql.SQL(", ").join(map(sql.Identifier, MARK)),
                 tables=sql.SQL(", ").join(sql.Identifier(schema, table) for table in tables),
+                all=sql.SQL(", ").join(sql.Identifier(schema, table) for table in everything),
             )
         )
 
