@@ -68,10 +68,15 @@ patches:
 YAML
 say "installing metrics-server and KEDA (60 s)"
 # On the server's side: KEDA's definitions are larger than the annotation that a client would keep them in.
-kubectl --context "$CONTEXT" kustomize "$work" |
-  kubectl --context "$CONTEXT" apply --server-side --force-conflicts -f - >/dev/null
+apply() { kubectl --context "$CONTEXT" apply --server-side --force-conflicts -f "$1" >/dev/null; }
+kubectl --context "$CONTEXT" kustomize "$work" >"$work/all.yaml" 2>/dev/null
+awk -v RS='---\n' -v ORS='---\n' '/\nkind: APIService\n/' "$work/all.yaml" >"$work/apis.yaml"
+awk -v RS='---\n' -v ORS='---\n' '!/\nkind: APIService\n/' "$work/all.yaml" >"$work/others.yaml"
+apply "$work/others.yaml"
 kubectl --context "$CONTEXT" -n kube-system rollout status deployment/metrics-server --timeout=180s >/dev/null
 kubectl --context "$CONTEXT" -n keda rollout status deployment --timeout=180s >/dev/null
+# The API server asks them as soon as they are registered and keeps the connection: so only once their Services are routed.
+apply "$work/apis.yaml"
 kubectl --context "$CONTEXT" wait apiservice v1beta1.metrics.k8s.io v1beta1.external.metrics.k8s.io --for=condition=Available \
   --timeout=120s >/dev/null
 say "metrics-server and KEDA run"

@@ -363,12 +363,7 @@ async def _topic(
                 if first:
                     await _unclaim(stream, claim, store)
                 _log.info("topic isn't known to all brokers yet", topic=name)
-            topic = await kafka.topic(name)
-            for pause in _PAUSES:
-                if topic is not None:
-                    break
-                await asyncio.sleep(pause)
-                topic = await kafka.topic(name)
+            topic = await _made(kafka, name)
         if lost:
             found = f"the topic {name} was gone and has been made again; the relay fills it from history"
     elif plan.config:
@@ -440,6 +435,17 @@ async def _access(stream: EventStream, *, access: Access, cluster: Cluster) -> t
     return f"the Secret {name} lets read it", found
 
 
+async def _made(kafka: Kafka, name: str) -> Topic | None:
+    """Return a topic that was made a moment ago, perhaps, once the broker that answers knows it; None: it doesn't."""
+    topic = await kafka.topic(name)
+    for pause in _PAUSES:
+        if topic is not None:
+            break
+        await asyncio.sleep(pause)
+        topic = await kafka.topic(name)
+    return topic
+
+
 async def finalize(stream: EventStream, *, store: Store, kafka: Kafka, access: Access) -> None:
     """Do what the deletion policy says; returns once nothing of the stream is held any more.
 
@@ -452,9 +458,15 @@ async def finalize(stream: EventStream, *, store: Store, kafka: Kafka, access: A
         claim = await store.stream(stream.metadata.namespace, stream.metadata.name)
         if claim is None or claim.uid != stream.metadata.uid:
             return
-        if stream.spec.deletion_policy == "Retain":
+    if stream.spec.deletion_policy == "Retain":
+        with _store_errors(), _kafka_errors(claim.topic):
+            if not claim.topic_id and await kafka.cluster_id() == claim.kafka_cluster:
+                # It was made by us, if there is one. Without its id nobody would know that once the claim is released.
+                topic = await _made(kafka, claim.topic)
+                if topic is not None:
+                    claim = await store.record_topic(claim, topic.id)
             await store.release(claim)
-            return
+        return
     with _store_errors(), _kafka_errors(claim.topic):
         cluster = await kafka.cluster_id()
         if cluster == claim.kafka_cluster:

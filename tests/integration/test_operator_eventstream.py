@@ -478,6 +478,22 @@ async def test_what_kafka_refuses_is_said_with_its_words(store: Store, topics: K
     assert "min.insync.replicas" in result.conditions[0].message
 
 
+async def test_a_topic_that_was_made_a_moment_ago_stays_with_a_stream_that_is_retained(
+    store: Store, topics: Kafka, name: str
+) -> None:
+    for number in range(5):
+        topic = f"shop.{name}-{number}"
+        await store.claim(
+            namespace="shop", name=f"{name}-{number}", uid="u-1", partitions=3, topic=topic,
+            kafka_cluster=await topics.cluster_id(),
+        )  # fmt: skip
+        await topics.create(topic, partitions=3, replicas=1, config={})
+        stream = resource(f"{name}-{number}", deletionPolicy="Retain")
+        await eventstream.finalize(stream, store=store, kafka=topics, access=UNMANAGED)
+        again = resource(f"{name}-{number}", uid="u-2", deletionPolicy="Retain")
+        assert ready(await reconcile(again, store, topics)) == ("True", "Active")
+
+
 async def test_a_topic_that_was_made_a_moment_ago_goes_with_its_stream(store: Store, topics: Kafka, name: str) -> None:
     for number in range(5):
         topic = f"shop.{name}-{number}"
