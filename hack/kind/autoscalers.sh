@@ -51,7 +51,7 @@ fi
 
 cp -r --no-preserve=mode "$(sources metrics-server sigs.k8s.io/metrics-server)/manifests/base" "$work/metrics-server"
 cp -r --no-preserve=mode "$(sources keda github.com/kedacore/keda/v2)/config" "$work/keda"
-# In kind the kubelet's certificate is signed by nobody.
+# In kind the kubelet's certificate is signed by nobody; and what they ask for would leave the tests no room on a small node.
 cat >"$work/kustomization.yaml" <<YAML
 resources: [metrics-server, keda/minimal]
 images:
@@ -62,9 +62,11 @@ patches:
   - target: {kind: Deployment, name: metrics-server}
     patch: |
       - {op: add, path: /spec/template/spec/containers/0/args/-, value: --kubelet-insecure-tls}
+      - {op: remove, path: /spec/template/spec/containers/0/resources}
   - target: {kind: Deployment, namespace: keda}
     patch: |
       - {op: replace, path: /spec/template/spec/containers/0/imagePullPolicy, value: IfNotPresent}
+      - {op: remove, path: /spec/template/spec/containers/0/resources}
 YAML
 say "installing metrics-server and KEDA (60 s)"
 # On the server's side: KEDA's definitions are larger than the annotation that a client would keep them in.
