@@ -122,11 +122,18 @@ class Gardener(threading.Thread):
         spec, uid = plant.manifest["spec"], found["metadata"]["uid"]
         dropping = spec["deletionPolicy"] == "Delete" and not spec["paused"]
         (self.deleted.dropped if dropping else self.deleted.retained).add(uid)
-        if dropping:
+        # one that was never reconciled has claimed nothing: what a former one has retained outlives it
+        if dropping and _was_ready(found):
             plant.history = None
         plant.manifest, plant.going = None, True
         self._api.delete(slot.kind, slot.namespace, slot.name, uid=uid)
         self.counts["deleted, to be dropped" if dropping else "deleted, to be retained"] += 1
+
+
+def _was_ready(found: Object) -> bool:
+    return any(
+        one["type"] == "Ready" and one["status"] == "True" for one in found.get("status", {}).get("conditions", [])
+    )
 
 
 class Vandal(threading.Thread):
