@@ -60,7 +60,7 @@ integration: venv servers ## Tests with real PostgreSQL, Kafka and Redis on 127.
 
 .PHONY: attack-briefly
 attack-briefly: venv servers ## Attack each invariant briefly
-	$(PYTEST) tests/attack $(AGAIN) tests/attack; }
+	$(PYTEST) tests/attack
 
 ATTACK_LOG := docs/attack/$(shell date -u +%Y-%m-%d).log
 ATTACKS := $(addprefix tests/integration/test_eventstore_,model.py description.py fuzz.py)

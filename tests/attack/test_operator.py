@@ -19,10 +19,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
 
@@ -161,6 +162,7 @@ def outcomes(plane: ControlPlane) -> dict[tuple[str, str, str], tuple[str, str, 
 
 def unsettled(plane: ControlPlane, final: dict[Slot, Object]) -> list[str]:
     """Return the resources that aren't as they shall be in the end."""
+    look_at_heads(plane)
     found = outcomes(plane)
     told = []
     for slot in final:
@@ -169,6 +171,20 @@ def unsettled(plane: ControlPlane, final: dict[Slot, Object]) -> list[str]:
             told.append(f"{slot}: {outcome}")
     told += [f"{one} is there" for one in found]
     return told or two_have_it(plane, final)
+
+
+def look_at_heads(plane: ControlPlane) -> None:
+    """Note that all heads were seen, as projectors would, of which none runs; nothing is appended, so they stay 0.
+
+    A version of a stream that was dropped and made again takes the live one's place only after that.
+    """
+    with (
+        suppress(psycopg.errors.UndefinedTable),  # nothing is installed yet, or one was dropped meanwhile
+        psycopg.connect(plane.postgres.dsn(plane.installed.readstore), autocommit=True) as connection,
+    ):
+        for (schema,) in connection.execute("select schema from refold_read.projections").fetchall():
+            positions = psycopg.sql.Identifier(schema, "positions")
+            connection.execute(psycopg.sql.SQL("update {} set seen_at = now() where seen_at is null").format(positions))
 
 
 def two_have_it(plane: ControlPlane, final: dict[Slot, Object]) -> list[str]:

@@ -319,7 +319,6 @@ async def test_a_foreign_topic_is_adopted_where_the_spec_says_so_and_it_is_empty
     for _ in range(20):  # the client still asks for the partitions of the former one
         if result.conditions[0].reason != "KafkaUnreachable":
             break
-        print(result.conditions[0].message)
         await asyncio.sleep(0.5)
         result = await reconcile(adopting, store, topics)
     assert ready(result) == ("True", "Active")
