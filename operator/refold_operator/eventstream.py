@@ -318,15 +318,20 @@ async def _topic(
 ) -> tuple[Stream, str, str]:
     """Claim the stream and bring its topic about; return the claim, a note, and what was put right."""
     name = topic_name(stream)
+    with _kafka_errors(name):
+        cluster = await kafka.cluster_id()
+        topic = await kafka.topic(name)
+    if claim is None and topic is not None:
+        with _store_errors():
+            holder = await store.holder(cluster, name)
+        if holder is not None:
+            raise ReconcileError("TopicReady", "TopicConflict", _held(holder))
     if claim is None and older is not None:
         raise ReconcileError(
             "TopicReady", "TopicConflict",
             f"the EventStream {older} is older and wants the topic {name} too; choose another spec.topic.name, or "
             "delete that one",
         )  # fmt: skip
-    with _kafka_errors(name):
-        cluster = await kafka.cluster_id()
-        topic = await kafka.topic(name)
     decide = functools.partial(
         plan_topic, stream, topic=topic, claim=claim, kafka_cluster=cluster, default_replicas=default_replicas,
         event_bytes=event_bytes,
@@ -409,6 +414,14 @@ def _foreign(topic: str) -> str:
         f"the topic {topic} exists and wasn't made for this EventStream; choose another spec.topic.name, delete the "
         "topic if nobody needs it, or set spec.topic.adopt if it is empty and meant for this one"
     )
+
+
+def _held(holder: Stream) -> str:
+    """Say that another stream has the topic."""
+    whose = f"the topic {holder.topic} is the EventStream {holder.namespace}/{holder.name}'s"
+    if holder.uid is None:
+        return f"{whose}, which was deleted and its history retained; choose another spec.topic.name"
+    return f"{whose}; choose another spec.topic.name, or delete that one"
 
 
 async def _access(stream: EventStream, *, access: Access, cluster: Cluster) -> tuple[str, str]:

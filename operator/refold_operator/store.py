@@ -73,6 +73,11 @@ class Store:
             found = await catalog.get_streams(connection, wanted)
         return [found.get(one) for one in wanted]
 
+    async def holder(self, kafka_cluster: str, topic: str) -> Stream | None:
+        """Return the stream that has a topic, claimed or released, if there is one."""
+        async with self.database.connection() as connection:
+            return await catalog.get_holder(connection, kafka_cluster=kafka_cluster, topic=topic)
+
     async def claim(
         self, *, namespace: str, name: str, uid: str, partitions: int, topic: str, kafka_cluster: str
     ) -> Stream:

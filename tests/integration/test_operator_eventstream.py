@@ -562,8 +562,16 @@ async def test_deletion_leaves_another_resources_stream(store: Store, topics: Ka
 
 async def test_two_resources_with_one_topic_are_told_apart(store: Store, topics: Kafka, name: str) -> None:
     await reconcile(resource(name), store, topics)
-    thief = resource(f"{name}-thief", uid="u-2", topic={"name": f"shop.{name}"})
-    assert ready(await reconcile(thief, store, topics)) == ("False", "TopicConflict")
+    for adopt in (False, True):
+        thief = resource(f"{name}-thief", uid="u-2", topic={"name": f"shop.{name}", "adopt": adopt})
+        for older in (None, "bank/oldest"):
+            refused = await reconcile(thief, store, topics, older=older)
+            assert ready(refused) == ("False", "TopicConflict")
+            assert f"is the EventStream shop/{name}'s; choose" in refused.conditions[0].message
+    await eventstream.finalize(resource(name), store=store, kafka=topics, access=UNMANAGED)
+    refused = await reconcile(thief, store, topics)
+    assert ready(refused) == ("False", "TopicConflict")
+    assert f"shop/{name}'s, which was deleted and its history retained" in refused.conditions[0].message
     assert await store.stream("shop", f"{name}-thief") is None
 
 

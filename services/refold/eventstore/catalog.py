@@ -441,6 +441,16 @@ async def get_streams(conn: AsyncConnection[Any], wanted: Sequence[tuple[str, st
     return {(stream.namespace, stream.name): stream for stream in found}
 
 
+async def get_holder(conn: AsyncConnection[Any], *, kafka_cluster: str, topic: str) -> Stream | None:
+    """Return the stream that has a topic, claimed or released, or None where no stream has it.
+
+    Raises:
+        NotInstalledError: the database holds no store.
+    """
+    found = await _select(conn, sql.SQL(" where (kafka_cluster, topic) = ({}, {})").format(kafka_cluster, topic))
+    return next(iter(found), None)
+
+
 async def set_definition(
     conn: AsyncConnection[Any], *, namespace: str, name: str, uid: str, version: str, definition: str
 ) -> None:
