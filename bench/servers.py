@@ -25,8 +25,8 @@ from hack.servers.platform import Broker, Database, Platform
 
 #: Partitions of the streams, as in the examples.
 PARTITIONS = 6
-#: Seconds for which a new broker is warmed, and the events from which on that is done.
-_WARMING_SECONDS, _MEASURED = 40, 1_000
+#: Events from which on a new broker is warmed.
+_MEASURED = 1_000
 #: The operator's own namespace.
 SYSTEM = "refold-system"
 _CRDS = Path(__file__).parents[1] / "crds"
@@ -117,7 +117,8 @@ class Servers:
             self._shared.warm(events)
         elif not self._given[1] and not self._warmed and len(events) >= _MEASURED:
             self._warmed = True
-            warming.warm(self.kafka.bootstrap, _WARMING_SECONDS)
+            assert isinstance(self.kafka, Kafka), "an own one"
+            warming.warm(self.kafka.bootstrap, self.kafka.compiled)
 
     @functools.cached_property
     def redis(self) -> Redis:

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -122,6 +123,17 @@ class Kafka:
     def bootstrap(self) -> str:
         """Return `host:port` for clients."""
         return f"127.0.0.1:{self.port}"
+
+    def compiled(self) -> float:
+        """Return the seconds of CPU that the running JVM's compilers have taken so far (Linux only)."""
+        ticks = 0
+        for thread in Path(f"/proc/{self._process.pid}/task").glob("*/stat"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                name, _, fields = thread.read_text().rpartition(")")
+                if "CompilerThre" in name:
+                    user, system = fields.split()[11:13]
+                    ticks += int(user) + int(system)
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def start(self) -> None:
         """Start and wait until the broker accepts connections on all its ports."""

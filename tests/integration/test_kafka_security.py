@@ -8,6 +8,7 @@ import asyncio
 import base64
 import itertools
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,6 +52,8 @@ from tests.integration.test_consumer_example import Example
 
 KEY = b"k" * credentials.KEY_BYTES
 PASSWORD = "right"
+#: A topic that is none: see World.acls.
+_LAST = "the-last-change"
 READABLE = {
     "streams": ["orders"],
     "columns": [{"name": "status", "type": "text"}],
@@ -116,19 +119,29 @@ class World:
         return Settings(**self.login(user)).brokers()
 
     def grant(self, acls: Acls) -> None:
-        """Add ACLs and wait until the broker goes by them."""
+        """Add ACLs; the broker goes by them then."""
         for future in self.admin.create_acls(list(acls)).values():
             future.result(10)
-        eventually(lambda: acls <= self.acls())
+        assert acls <= self.acls()
 
     def revoke(self, acls: Acls) -> None:
-        """Take ACLs away and wait until the broker goes by it."""
+        """Take ACLs away; the broker goes by it then."""
         for future in self.admin.delete_acls([exactly(acl) for acl in acls]).values():
             future.result(10)
-        eventually(lambda: not acls & self.acls())
+        assert not acls & self.acls()
 
     def acls(self, principal: str | None = None) -> Acls:
-        return set(self.admin.describe_acls(access._any(principal=principal)).result(10))
+        """Return what the broker goes by, all changes that were answered before included.
+
+        The controller answers a change before the broker, which is asked here, has taken it over. Brokers take changes
+        over in their order, so the one that is made here comes last.
+        """
+        last = acl(f"User:{uuid.uuid4()}", ResourceType.TOPIC, _LAST, AclOperation.READ)
+        for future in self.admin.create_acls([last]).values():
+            future.result(10)
+        eventually(lambda: self.admin.describe_acls(exactly(last)).result(10))
+        found = self.admin.describe_acls(access._any(principal=principal)).result(10)
+        return {one for one in found if one.name != _LAST}
 
     def stream(self, stream: Stream) -> tuple[dict[str, str], str]:
         """Reconcile who may read and write a stream's topic."""
@@ -275,7 +288,7 @@ def test_a_refused_login_is_told_plainly_and_the_relay_recovers_when_it_is_put_r
 def test_a_broker_that_is_not_trusted_is_told_plainly(world: World) -> None:
     other = Authority(world.folder / "other-ca")
     brokers = Settings(**world.login("relay") | {"kafka_ca": other.certificate}).brokers()
-    producer = TransactionalProducer(brokers, "refold.relay.any.0", control="any", check=lambda: None)
+    producer = TransactionalProducer(brokers, ["refold.relay.any.0"], control="any", check=lambda: None)
 
     def trouble() -> str:
         producer.poll()
@@ -310,7 +323,7 @@ def test_each_right_of_the_relay_is_needed_and_all_together_are_enough(world: Wo
         topics = Topics(brokers)
         made = CheckpointTopic(topics, topic, shards=1, replicas=1).ensure()
         producer = TransactionalProducer(
-            brokers, names.relay_transactional_id(store_id, 0), control=made, check=lambda: None
+            brokers, [names.relay_transactional_id(store_id, 0)], control=made, check=lambda: None
         )
         try:
             producer.init(timeout=10)
