@@ -45,9 +45,9 @@ def checkpoint_topic(store_id: str) -> str:
     return f"refold.checkpoints.{store_id}"
 
 
-def relay_transactional_id(store_id: str, shard: int, lane: int = 0) -> str:
-    """Return a `transactional.id` of a relay shard, by which Kafka fences its former owners; each lane has its own."""
-    return f"{relay_transactional_ids(store_id)}{shard}" + (f".{lane}" if lane else "")
+def relay_transactional_id(store_id: str, shard: int) -> str:
+    """Return the `transactional.id` of a relay shard, by which Kafka fences its former owners."""
+    return f"{relay_transactional_ids(store_id)}{shard}"
 
 
 def consumer_group(namespace: str, name: str, version: str) -> str:

@@ -288,7 +288,7 @@ def test_a_refused_login_is_told_plainly_and_the_relay_recovers_when_it_is_put_r
 def test_a_broker_that_is_not_trusted_is_told_plainly(world: World) -> None:
     other = Authority(world.folder / "other-ca")
     brokers = Settings(**world.login("relay") | {"kafka_ca": other.certificate}).brokers()
-    producer = TransactionalProducer(brokers, ["refold.relay.any.0"], control="any", check=lambda: None)
+    producer = TransactionalProducer(brokers, "refold.relay.any.0", control="any", check=lambda: None)
 
     def trouble() -> str:
         producer.poll()
@@ -323,7 +323,7 @@ def test_each_right_of_the_relay_is_needed_and_all_together_are_enough(world: Wo
         topics = Topics(brokers)
         made = CheckpointTopic(topics, topic, shards=1, replicas=1).ensure()
         producer = TransactionalProducer(
-            brokers, [names.relay_transactional_id(store_id, 0)], control=made, check=lambda: None
+            brokers, names.relay_transactional_id(store_id, 0), control=made, check=lambda: None
         )
         try:
             producer.init(timeout=10)

@@ -22,7 +22,7 @@ def test_its_end_waits_for_no_kafka_that_is_out_of_reach(how: str) -> None:
         brokers = Brokers(Settings(kafka_bootstrap=f"127.0.0.1:{network.port}"))
 
         def producer() -> TransactionalProducer:
-            return TransactionalProducer(brokers, ["shard", "shard.1"], control="control", check=lambda: None)
+            return TransactionalProducer(brokers, "shard", control="control", check=lambda: None)
 
         cut_off = producer()
         cut_off.init(timeout=60)
@@ -42,38 +42,31 @@ def test_its_end_waits_for_no_kafka_that_is_out_of_reach(how: str) -> None:
         successor.close()
 
 
-def test_who_is_overtaken_half_way_through_its_takeover_writes_nothing(kafka: Kafka) -> None:
+def test_who_is_fenced_in_the_middle_of_a_transaction_is_lost_and_nothing_of_it_stands(kafka: Kafka) -> None:
     brokers = Brokers(Settings(kafka_bootstrap=kafka.bootstrap))
     admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
-    for made in admin.create_topics([NewTopic("overtaken", 1, 1), NewTopic("overtaken.control", 1, 1)]).values():
+    for made in admin.create_topics([NewTopic("fenced", 1, 1), NewTopic("fenced.control", 1, 1)]).values():
         made.result(30)
+    former, owner = (
+        TransactionalProducer(brokers, "fenced", control="fenced.control", check=lambda: None) for _ in range(2)
+    )
 
-    def producer() -> TransactionalProducer:
-        ids = ["overtaken.0", "overtaken.0.1"]
-        return TransactionalProducer(brokers, ids, control="overtaken.control", check=lambda: None)
-
-    def write(one: TransactionalProducer, value: str) -> None:
+    def begin(one: TransactionalProducer, value: str) -> None:
         one.begin()
-        one.send("overtaken", 0, b"key", value.encode())
-        one.commit(lambda _: ())
+        one.send("fenced", 0, b"key", value.encode())
 
-    overtaken, owner, successor = producer(), producer(), producer()
-    deadline = time.monotonic() + 60
-    overtaken._init(overtaken._producers[0], deadline)
+    former.init(timeout=60)
+    begin(former, "1")
+    former.commit(lambda _: ())
     owner.init(timeout=60)
-    for value in ("1", "2", "3"):
-        write(owner, value)
-    overtaken._init(overtaken._producers[1], deadline)  # fences one of the owner's
-    with pytest.raises(LostError):
-        write(overtaken, "overtaken")
-    with pytest.raises(LostError):
-        write(owner, "half an owner")
-    successor.init(timeout=60)
-    for value in ("4", "5"):
-        write(successor, value)
-    for one in (overtaken, owner, successor):
+    begin(former, "a former owner's")
+    with pytest.raises(LostError, match="fenced"):
+        former.commit(lambda _: ())
+    begin(owner, "2")
+    owner.commit(lambda _: ())
+    for one in (former, owner):
         one.close()
-    assert committed(kafka, "overtaken") == ["1", "2", "3", "4", "5"]
+    assert committed(kafka, "fenced") == ["1", "2"]
 
 
 def committed(kafka: Kafka, topic: str) -> list[str]:

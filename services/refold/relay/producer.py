@@ -1,31 +1,19 @@
-"""Kafka's transactional producers with the three outcomes that a transaction can have for the relay.
+"""Kafka's transactional producer with the three outcomes that a transaction can have for the relay.
 
 Committed; aborted because of certain topics (`AbortedError`: the others can go on); or lost (`LostError`: fenced,
 fatal, or the outcome is unknown), after which the only safe thing is to begin again from the checkpoints with a new
 producer.
-
-Kafka answers a commit before its markers are written, and refuses the next transaction of the same `transactional.id`
-until they are: librdkafka then waits for 20 ms. So there are `LANES` ids, whose producers take turns; the one whose
-turn it is has long been ready.
-
-That several ids have one owner at a time needs an order. Whoever takes over initialises them from the first to the
-last, and its first transaction is the first one's. If that is committed, nobody has initialised the first id since, so
-nobody has begun to take over; and who had done so before was fenced, id by id, before that transaction began. Who has
-been overtaken half-way, and so has fenced a later id only, fails with its first transaction.
 """
 
-import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from refold.kafka import Brokers
 
-#: Transactional ids of a shard.
-LANES = 2
 _COMMIT_SECONDS = 60.0
 _ABORT_SECONDS = 15.0
 _SLICE_SECONDS = 1.0
@@ -96,57 +84,51 @@ def reason(error: KafkaError) -> str:
 
 
 class TransactionalProducer:
-    """One transaction at a time, of several `transactional.id`s by turns. Used by one thread.
+    """One `transactional.id`, one transaction at a time. Used by one thread.
 
     Args:
         brokers: the cluster.
-        transactional_ids: of the shard; whoever initialises them fences all that did so before.
+        transactional_id: names the shard; whoever initialises it fences all that did so before.
         control: the checkpoint topic, which is in every transaction: it tells a topic's failure from the cluster's.
         check: called between waits of a second; raises to give up.
     """
 
-    def __init__(
-        self, brokers: Brokers, transactional_ids: Sequence[str], *, control: str, check: Callable[[], None]
-    ) -> None:
+    def __init__(self, brokers: Brokers, transactional_id: str, *, control: str, check: Callable[[], None]) -> None:
         self._control, self._check = control, check
         self._failed: dict[str, KafkaError] = {}
         self._undelivered: set[str] = set()
         self._delivered: Offsets = {}
         self._open = False
-        settings: dict[str, str | int | bool] = {
-            **brokers.config(),
-            "acks": "all",
-            "enable.idempotence": True,
-            # A transaction that nobody ends holds back read_committed consumers for so long at most; a successor
-            # aborts it at once.
-            "transaction.timeout.ms": 30_000,
-            "message.timeout.ms": 20_000,
-            # Fills batches while catching up; a lone event isn't delayed, since a commit flushes without it.
-            "linger.ms": 5,
-            "batch.size": 1_000_000,
-            "compression.type": "lz4",
-            "queue.buffering.max.messages": 1_000_000,
-            # The topic's own limit decides.
-            "message.max.bytes": 128 << 20,
-        }
-        self._producers = [Producer({**settings, "transactional.id": id_}) for id_ in transactional_ids]
-        self._turns = itertools.cycle(self._producers)
-        self._producer = self._producers[0]
+        self._producer = Producer(
+            {
+                **brokers.config(),
+                "transactional.id": transactional_id,
+                "acks": "all",
+                "enable.idempotence": True,
+                # A transaction that nobody ends holds back read_committed consumers for so long at most; a successor
+                # aborts it at once.
+                "transaction.timeout.ms": 30_000,
+                "message.timeout.ms": 20_000,
+                # Fills batches while catching up; a lone event isn't delayed, since a commit flushes without it.
+                "linger.ms": 5,
+                "batch.size": 1_000_000,
+                "compression.type": "lz4",
+                "queue.buffering.max.messages": 1_000_000,
+                # The topic's own limit decides.
+                "message.max.bytes": 128 << 20,
+            }
+        )
 
     def init(self, *, timeout: float) -> None:
-        """Fence every former owner of the transactional ids and end its transaction.
+        """Fence every former owner of the transactional id and end its transaction.
 
         Raises:
             LostError: it did not succeed in `timeout` seconds, or never can.
         """
         deadline = time.monotonic() + timeout
-        for producer in self._producers:  # in this order: see the module
-            self._init(producer, deadline)
-
-    def _init(self, producer: Producer, deadline: float) -> None:
         while True:
             try:
-                producer.init_transactions(_SLICE_SECONDS)
+                self._producer.init_transactions(_SLICE_SECONDS)
             except KafkaException as error:
                 self.poll()  # librdkafka tells in its log why it can't connect
                 self._again_or_lost(error, deadline, "initialise transactions")
@@ -154,8 +136,7 @@ class TransactionalProducer:
                 return
 
     def begin(self) -> None:
-        """Begin a transaction, of the id whose turn it is."""
-        self._producer = next(self._turns)
+        """Begin a transaction."""
         self._failed.clear()
         self._undelivered.clear()
         self._delivered.clear()
@@ -207,8 +188,7 @@ class TransactionalProducer:
 
     def poll(self) -> None:
         """Let librdkafka log and report."""
-        for producer in self._producers:
-            self._served(producer.poll, 0)
+        self._served(self._producer.poll, 0)
 
     def commit(self, changed: Callable[[Offsets], Iterable[str]]) -> None:
         """Commit the transaction.
@@ -255,9 +235,8 @@ class TransactionalProducer:
         threading.Thread(target=self._end, name="producer-end", daemon=True).start()
 
     def _end(self) -> None:
-        for producer in self._producers:
-            with suppress(KafkaException):
-                producer.close()
+        with suppress(KafkaException):
+            self._producer.close()
 
     def _served(self, call: Callable[[float], int], seconds: float) -> int:
         """Make a call that serves callbacks, and return what it returns.

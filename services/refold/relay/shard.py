@@ -25,7 +25,7 @@ from refold.kafka import Brokers, CredentialsError
 from refold.relay import backoff, checkpoint, metrics, source
 from refold.relay.checkpoint import CheckpointTopic, CheckpointTopicError
 from refold.relay.lock import Locks
-from refold.relay.producer import LANES, LostError, TransactionalProducer
+from refold.relay.producer import LostError, TransactionalProducer
 from refold.relay.progress import Progress
 from refold.relay.pulse import Pulse
 from refold.relay.source import Heads
@@ -103,7 +103,7 @@ class Shard(threading.Thread):
         topic = target.checkpoints.ensure()
         producer = TransactionalProducer(
             target.brokers,
-            [names.relay_transactional_id(target.store_id, self.number, lane) for lane in range(LANES)],
+            names.relay_transactional_id(target.store_id, self.number),
             control=topic,
             check=self._check,
         )
