@@ -187,7 +187,11 @@ class TransactionalProducer:
                 return
 
     def poll(self) -> None:
-        """Let librdkafka log and report."""
+        """Let librdkafka log and report.
+
+        Raises:
+            LostError: it can't go on.
+        """
         self._served(self._producer.poll, 0)
 
     def commit(self, changed: Callable[[Offsets], Iterable[str]]) -> None:
