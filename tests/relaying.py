@@ -217,28 +217,8 @@ class World:
         return found
 
     def messages(self, topic: str, *, at_least: int = 0, within: float = 60) -> list[Message]:
-        """All committed records of a topic, in order in each partition; waits until there are `at_least` so many."""
-        consumer = Consumer(
-            {
-                "bootstrap.servers": self.kafka.bootstrap, "group.id": "test", "isolation.level": "read_committed",
-                "enable.partition.eof": True, "auto.offset.reset": "earliest", "enable.auto.commit": False,
-                "fetch.wait.max.ms": 50,
-            }
-        )  # fmt: skip
-        found, ended, deadline = [], set(), time.monotonic() + within
-        with contextlib.closing(consumer):
-            partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
-            consumer.assign([TopicPartition(topic, partition, 0) for partition in partitions])
-            while len(ended) < len(partitions) or len(found) < at_least:
-                for message in consumer.consume(1000, 0.05):
-                    error = message.error()
-                    if error is None:
-                        found.append(message)
-                        ended.discard(message.partition())
-                    elif error.code() == KafkaError._PARTITION_EOF:
-                        ended.add(message.partition())
-                assert time.monotonic() < deadline, f"{len(found)} of {at_least} records of {topic} in {within} s"
-        return found
+        """See `committed`."""
+        return committed(self.kafka, topic, at_least=at_least, within=within)
 
     def verify(self, *streams: Stream) -> None:
         """Wait until all is relayed, then compare the topics with the store, event by event."""
@@ -278,3 +258,28 @@ async def relay_world(postgres: Postgres, database: str, kafka: Kafka, folder: P
 
 def ready(relay: RelayProcess) -> None:
     until(lambda: relay.get("/readyz")[0] == 200, "the relay is ready")
+
+
+def committed(kafka: Kafka, topic: str, *, at_least: int = 0, within: float = 60) -> list[Message]:
+    """All committed records of a topic, in order in each partition; waits until there are `at_least` so many."""
+    consumer = Consumer(
+        {
+            "bootstrap.servers": kafka.bootstrap, "group.id": "test", "isolation.level": "read_committed",
+            "enable.partition.eof": True, "auto.offset.reset": "earliest", "enable.auto.commit": False,
+            "fetch.wait.max.ms": 50,
+        }
+    )  # fmt: skip
+    found, ended, deadline = [], set(), time.monotonic() + within
+    with contextlib.closing(consumer):
+        partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
+        consumer.assign([TopicPartition(topic, partition, 0) for partition in partitions])
+        while len(ended) < len(partitions) or len(found) < at_least:
+            for message in consumer.consume(1000, 0.05):
+                error = message.error()
+                if error is None:
+                    found.append(message)
+                    ended.discard(message.partition())
+                elif error.code() == KafkaError._PARTITION_EOF:
+                    ended.add(message.partition())
+            assert time.monotonic() < deadline, f"{len(found)} of {at_least} records of {topic} in {within} s"
+    return found

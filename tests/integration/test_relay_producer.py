@@ -1,16 +1,15 @@
-"""The transactional producer beside a Kafka that is cut off."""
+"""The transactional producer: beside a Kafka that is cut off, and fenced."""
 
-import contextlib
 import time
 
 import pytest
-from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 from refold.kafka import Brokers, Settings
 from refold.relay.producer import LostError, TransactionalProducer
 
 from hack.servers import Kafka
 from tests.network import kafka_behind
+from tests.relaying import committed
 
 
 @pytest.mark.parametrize("how", ["cut", "hang"])
@@ -66,18 +65,4 @@ def test_who_is_fenced_in_the_middle_of_a_transaction_is_lost_and_nothing_of_it_
     owner.commit(lambda _: ())
     for one in (former, owner):
         one.close()
-    assert committed(kafka, "fenced") == ["1", "2"]
-
-
-def committed(kafka: Kafka, topic: str) -> list[str]:
-    """Return all that stands in partition 0 of a topic."""
-    consumer = Consumer({
-        "bootstrap.servers": kafka.bootstrap, "group.id": "test", "isolation.level": "read_committed",
-        "enable.partition.eof": True,
-    })  # fmt: skip
-    consumer.assign([TopicPartition(topic, 0, OFFSET_BEGINNING)])
-    found = []
-    with contextlib.closing(consumer):
-        while (message := consumer.poll(30)) is not None and message.error() is None:
-            found.append((message.value() or b"").decode())
-    return found
+    assert [message.value() for message in committed(kafka, "fenced", at_least=2)] == [b"1", b"2"]

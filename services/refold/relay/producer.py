@@ -239,7 +239,7 @@ class TransactionalProducer:
         threading.Thread(target=self._end, name="producer-end", daemon=True).start()
 
     def _end(self) -> None:
-        with suppress(KafkaException):
+        with suppress(KafkaException, SystemError):  # as `_served` tells
             self._producer.close()
 
     def _served(self, call: Callable[[float], int], seconds: float) -> int:
