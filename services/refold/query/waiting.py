@@ -19,8 +19,9 @@ from refold.query.freshness import Freshness
 from refold.query.reader import Reader
 from refold.web.problems import Problem
 
-#: Seconds between two looks at the positions: short beside the time that an event takes from append to row.
-_LOOK_SECONDS = 0.01
+#: Seconds between two looks at the positions, at least and at most: short beside the time that an event takes from its
+#: append to its row. Between them, as many times as long as a look takes: a busy read store is asked less often.
+_LEAST_SECONDS, _MOST_SECONDS, _REST = 0.002, 0.05, 4
 #: Seconds that a request with a token waits where it doesn't say, and the most that it may ask for.
 DEFAULT_SECONDS = 10.0
 MOST_SECONDS = 60.0
@@ -134,9 +135,12 @@ class Waiting:
 
     async def _look(self) -> None:
         try:
+            took = 0.0
             while self._waiters:
-                await asyncio.sleep(_LOOK_SECONDS)
+                await asyncio.sleep(min(max(_REST * took, _LEAST_SECONDS), _MOST_SECONDS))
+                began = time.monotonic()
                 await self._look_once()
+                took = time.monotonic() - began
         finally:
             self._task = None
 

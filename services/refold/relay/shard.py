@@ -150,6 +150,7 @@ class Shard(threading.Thread):
                     self._log.info("The shard is left to another relay")
                     return
                 former = self._view
+                tenure.rest()
                 heads = self._receive(wait)
                 if self._view is not None and self._view is not former:
                     tenure.adopt(self._view)

@@ -132,6 +132,10 @@ class Tenure:
             return 0.0
         return _IDLE_SECONDS
 
+    def rest(self) -> None:
+        """Wait the moment, if any, after which Kafka takes the next transaction at once."""
+        self._producer.rest()
+
     def close(self) -> None:
         """Stop reading and take the shard's streams out of the metrics."""
         self._reader.shutdown(cancel_futures=True)
