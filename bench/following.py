@@ -95,7 +95,8 @@ class Followers(_Threads):
 
     def announce(self, topic: str, partition: int) -> None:
         """Tell that an event of a partition is sent in `AHEAD` seconds."""
-        self._announced[hash((topic, partition)) % _CONSUMERS].append((topic, partition))
+        # by topic: librdkafka asks about topics that are new to a consumer once a second only
+        self._announced[hash(topic) % _CONSUMERS].append((topic, partition))
 
     def _read(self, announced: deque[_Partition]) -> None:
         consumer = _consumer(

@@ -115,3 +115,17 @@ def test_a_record_is_proven_to_stand_in_the_topic_only_by_a_known_one_before_it(
     assert not known.proven(0, 7)
     known.offsets[0] = 6
     assert not known.dropped().proven(0, 7)
+
+
+def test_the_events_that_stand_in_a_topic_prove_what_comes_after_them_until_a_transaction_is_aborted() -> None:
+    known = progress((9, 9, 9), [0, 0, 0])
+    known.placed(TOPIC, [5, 0, 1])
+    # five events have the offsets 0 to 4 at least: a record that got 5 can't stand in a topic that was created again
+    assert known.proven(0, 5)
+    assert not known.proven(0, 4)
+    assert not known.proven(1, 0)
+    assert known.proven(2, 1)
+    assert not known.proven(2, 0)
+    # its records may be what the later ones come after, in a topic that was created again meanwhile
+    known.doubt()
+    assert [known.proven(partition, 1_000) for partition in range(3)] == [False, False, False]

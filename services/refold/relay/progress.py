@@ -29,7 +29,7 @@ class Progress:
         heads: as last read.
         topic: the topic that `positions` stand in; None until it was looked up.
         positions: what stands in the topic, committed, by partition.
-        offsets: by partition, the Kafka offset of a record that is known to stand in `topic`.
+        offsets: by partition, a Kafka offset below which, or at which, a record is known to stand in `topic`.
         batch: how many events its next transaction may hold. Below FULL_BATCH the stream is relayed alone: it was part
             of an aborted transaction. It grows with each success and falls to 1 with a failure; a failure at 1 is the
             stream's own.
@@ -73,14 +73,19 @@ class Progress:
         return replace(self, topic=None, positions=[], offsets={})
 
     def placed(self, topic: Topic, positions: list[int]) -> None:
-        """Note that `positions` stand in `topic`."""
-        self.topic, self.positions, self.offsets = topic, positions, {}
+        """Note that `positions` stand in `topic`: so many records of a partition use up as many offsets."""
+        self.topic, self.positions = topic, positions
+        self.offsets = {partition: position - 1 for partition, position in enumerate(positions) if position}
+
+    def doubt(self) -> None:
+        """Note that records were written, and aborted, which may stand in a topic that was created again."""
+        self.offsets = {}
 
     def proven(self, partition: int, offset: int | None) -> bool:
         """Tell whether a record that was delivered at `offset` stands in `topic`, without asking.
 
         A topic that was created again begins at offset 0, and nobody but this owner of the shard writes to it: so a
-        record that comes after a known one stands where that stands.
+        record that comes after a known one, or after as many as there were events before, stands where those stand.
         """
         known = self.offsets.get(partition)
         return known is not None and offset is not None and offset > known

@@ -320,6 +320,8 @@ class Tenure:
         """Draw the conclusion from an aborted transaction: whose fault it was, or how to find out."""
         metrics.ABORTED.labels(self._shard).inc()
         members = _members(batches)
+        for known in members:
+            known.doubt()
         self._log.info("A transaction was aborted", error=str(error), streams=len(members))
         changed = [known for known in members if known.stream.topic in error.changed]
         if changed:
