@@ -1,6 +1,8 @@
 """The kind cluster with Refold installed (`make up`), a namespace a test, and the read models on 127.0.0.1."""
 
 import itertools
+import json
+import secrets
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,8 @@ import yaml
 from hack.client import CONTEXT, NAMESPACE, ReadModel, Stream, eventually, kubectl, wait_ready
 
 CHART = Path(__file__).parents[2] / "charts" / "refold"
+#: Of this session's namespaces: where tests are run once more, what an earlier try left claimed isn't in their way.
+_SESSION = secrets.token_hex(2)
 _numbers = itertools.count(1)
 #: node ports that the kind cluster maps to 127.0.0.1 (30080 to 30082 are the event store's and the demo's)
 _PORTS = range(30083, 30090)
@@ -22,8 +26,10 @@ def installation() -> Iterator[None]:
     """Fail at once, with the way out, where there is no installation; in the end, see that no finalizer hangs."""
     try:
         kubectl("-n", NAMESPACE, "rollout", "status", "deployment", "--timeout=120s")
-    except (RuntimeError, FileNotFoundError) as error:
+    except FileNotFoundError as error:
         pytest.exit(f"the e2e tests need `make up` first: {error}", returncode=1)
+    except RuntimeError as error:
+        pytest.exit(f"the e2e tests need `make up` first: {error}\n{unready()}", returncode=1)
     yield
     kubectl("wait", "namespace", "-l", "refold.dev/test=e2e", "--for=delete", "--timeout=180s")
 
@@ -33,8 +39,38 @@ def helm(*arguments: str) -> str:
     done = subprocess.run(
         ["helm", "--kube-context", CONTEXT, "-n", NAMESPACE, *arguments], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, f"helm {' '.join(arguments)}: {done.stderr}"
+    if done.returncode:
+        pytest.fail(f"helm {' '.join(arguments)}: {done.stderr}\n{unready()}", pytrace=False)
     return done.stdout
+
+
+def unready() -> str:
+    """Describe the release's pods that aren't ready: their state, and what they logged last."""
+    told = []
+    for pod in json.loads(kubectl("-n", NAMESPACE, "get", "pods", "-o", "json", check=False) or '{"items": []}')[
+        "items"
+    ]:
+        name, status = pod["metadata"]["name"], pod["status"]
+        conditions = {condition["type"]: condition for condition in status.get("conditions", [])}
+        if conditions.get("Ready", {}).get("status") == "True" or status.get("phase") == "Succeeded":
+            continue
+        told.append(f"{name}: {status.get('phase')}, {conditions.get('PodScheduled', {}).get('message', 'scheduled')}")
+        for container in status.get("containerStatuses", []):
+            state = {kind: container.get(kind) for kind in ("state", "lastState")}
+            told.append(f"  restarted {container['restartCount']} times: {json.dumps(state)[:600]}")
+        told.append(f"  readyz: {_readyz(name)}")
+        logged = kubectl("-n", NAMESPACE, "logs", name, "--tail=12", check=False).splitlines()
+        told += [f"  {line[:300]}" for line in logged]
+    return "\n".join(told) or "all of the release's pods are ready"
+
+
+def _readyz(pod: str) -> str:
+    """Return what the API server, as a proxy, is told at a pod's `/readyz`."""
+    path = f"/api/v1/namespaces/{NAMESPACE}/pods/{pod}:8080/proxy/readyz"
+    done = subprocess.run(
+        ["kubectl", "--context", CONTEXT, "get", "--raw", path], capture_output=True, text=True, check=False
+    )
+    return (done.stdout or done.stderr).strip()
 
 
 def scale_webhook(replicas: int) -> None:
@@ -101,6 +137,6 @@ class Sandbox:
 @pytest.fixture
 def sandbox() -> Iterator[Sandbox]:
     """A namespace for this test alone."""
-    sandbox = Sandbox(f"e2e-{next(_numbers)}")
+    sandbox = Sandbox(f"e2e-{_SESSION}-{next(_numbers)}")
     yield sandbox
     sandbox.remove()
