@@ -47,9 +47,11 @@ def helm(*arguments: str) -> str:
 def unready() -> str:
     """Describe the release's pods that aren't ready: their state, and what they logged last."""
     told = []
-    for pod in json.loads(kubectl("-n", NAMESPACE, "get", "pods", "-o", "json", check=False) or '{"items": []}')[
-        "items"
-    ]:
+    try:
+        pods = json.loads(kubectl("-n", NAMESPACE, "get", "pods", "-o", "json"))["items"]
+    except RuntimeError as error:
+        return str(error)
+    for pod in pods:
         name, status = pod["metadata"]["name"], pod["status"]
         conditions = {condition["type"]: condition for condition in status.get("conditions", [])}
         if conditions.get("Ready", {}).get("status") == "True" or status.get("phase") == "Succeeded":
@@ -66,11 +68,10 @@ def unready() -> str:
 
 def _readyz(pod: str) -> str:
     """Return what the API server, as a proxy, is told at a pod's `/readyz`."""
-    path = f"/api/v1/namespaces/{NAMESPACE}/pods/{pod}:8080/proxy/readyz"
-    done = subprocess.run(
-        ["kubectl", "--context", CONTEXT, "get", "--raw", path], capture_output=True, text=True, check=False
-    )
-    return (done.stdout or done.stderr).strip()
+    try:
+        return kubectl("get", "--raw", f"/api/v1/namespaces/{NAMESPACE}/pods/{pod}:8080/proxy/readyz").strip()
+    except RuntimeError as error:
+        return str(error)
 
 
 def scale_webhook(replicas: int) -> None:
