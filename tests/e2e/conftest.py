@@ -60,18 +60,9 @@ def unready() -> str:
         for container in status.get("containerStatuses", []):
             state = {kind: container.get(kind) for kind in ("state", "lastState")}
             told.append(f"  restarted {container['restartCount']} times: {json.dumps(state)[:600]}")
-        told.append(f"  readyz: {_readyz(name)}")
         logged = kubectl("-n", NAMESPACE, "logs", name, "--tail=12", check=False).splitlines()
         told += [f"  {line[:300]}" for line in logged]
     return "\n".join(told) or "all of the release's pods are ready"
-
-
-def _readyz(pod: str) -> str:
-    """Return what the API server, as a proxy, is told at a pod's `/readyz`."""
-    try:
-        return kubectl("get", "--raw", f"/api/v1/namespaces/{NAMESPACE}/pods/{pod}:8080/proxy/readyz").strip()
-    except RuntimeError as error:
-        return str(error)
 
 
 def scale_webhook(replicas: int) -> None:
