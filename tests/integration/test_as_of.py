@@ -2,6 +2,8 @@
 
 import asyncio
 import datetime as dt
+from collections.abc import Sequence
+from typing import Any
 
 import psycopg
 import pytest
@@ -72,6 +74,39 @@ async def test_an_append_that_is_recorded_before_the_moment_and_commits_after_it
         assert not asked.done(), "the answer would lack what is about to be committed"
         append.commit()
     assert await asked == [before[0], before[1] + 1, before[2]]
+
+
+async def test_an_append_that_waited_while_the_answer_was_read_is_recorded_after_the_moment(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema = world.streams["orders"].event_schema
+    lock_heads = catalog._lock_heads  # noqa: SLF001
+    appends: list[asyncio.Task[None]] = []
+    moment = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=1)
+
+    def append() -> None:
+        with psycopg.connect(world.dsn, autocommit=True) as conn:
+            conn.execute(
+                f"select \"{schema}\".append_one(stream, 1, 's', 0, 'i', 'Placed', '{{}}', null) "
+                "from refold.streams where name = 'orders'"
+            )
+
+    async def hold(conn: AsyncConnection[Any], streams: Sequence[catalog.Stream]) -> None:
+        await lock_heads(conn, streams)
+        appends.append(asyncio.create_task(asyncio.to_thread(append)))
+        waiting = "select from pg_stat_activity where wait_event_type = 'Lock' and query like '%append_one(%'"
+        async with await AsyncConnection.connect(world.dsn, autocommit=True) as other:
+            while not await (await other.execute(waiting)).fetchall():
+                assert not appends[0].done()
+        assert dt.datetime.now(dt.UTC) < moment, "its clock was read before the moment"
+        await asyncio.sleep((moment - dt.datetime.now(dt.UTC)).total_seconds() + 0.01)
+
+    monkeypatch.setattr(catalog, "_lock_heads", hold)
+    assert await world.positions_at(moment) == [0, 0, 0]
+    await appends[0]
+    monkeypatch.undo()
+    assert await world.positions_at(moment) == [0, 0, 0], "the answer was final"
+    assert await world.positions_at(dt.datetime.now(dt.UTC)) == [0, 1, 0]
 
 
 @pytest.mark.parametrize(("definition", "reference"), [(ORDERS, fold_orders), (CUSTOMERS, fold_customers)])

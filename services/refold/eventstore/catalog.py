@@ -554,6 +554,8 @@ async def positions_at(conn: AsyncConnection[Any], stream: Stream, moment: dt.da
     """
     async with conn.transaction(), as_owner(conn, _store_roles(conn)["owner"]):
         await _lock_heads(conn, [stream])
+        # A lone append that waits for a head has read the clock already. It reads it again if the head was written.
+        await conn.execute("update refold.heads set active = active where stream = %s", [stream.stream])
         cursor = await conn.execute(
             "select head, recorded_at <= %(moment)s, clock_timestamp() > %(moment)s from refold.heads "
             "where stream = %(stream)s order by partition",

@@ -13,9 +13,9 @@ from refold import names
 from refold.eventstore import roles
 from refold.eventstore.catalog import Stream, as_owner, reader_role, writer_role
 
-_FUNCTIONS = ["append", "append_all", "append_group", "append_one"]
-#: Of `append`, `append_all` in two forms, `append_group` and `append_one`: by the stream's migration.
-_FUNCTIONS_OF = {1: 0, 2: 2, 3: 4, 4: 5}
+_FUNCTIONS = ["append", "append_all", "append_group", "append_one", "refuse_value"]
+#: Of `append`, `append_all` in two forms, `append_group`, `append_one` and `refuse_value`: by the stream's migration.
+_FUNCTIONS_OF = {1: 0, 2: 2, 3: 4, 4: 5, 5: 6}
 
 _LOOK = """
 with asked as (
