@@ -80,7 +80,7 @@ async def test_an_append_that_waited_while_the_answer_was_read_is_recorded_after
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     schema = world.streams["orders"].event_schema
-    lock_heads = catalog._lock_heads  # noqa: SLF001
+    lock_heads = catalog._lock_heads
     appends: list[asyncio.Task[None]] = []
     moment = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=1)
 

@@ -2,9 +2,10 @@
 
 import asyncio
 import itertools
+import json
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import psycopg
@@ -16,7 +17,7 @@ from refold.eventstore import EventStore, catalog, migrations
 from refold.eventstore.errors import EventStoreError
 from refold.partitioning import partition_of
 
-from tests.stores import Installed, Log, check_history, connected, install, version_0_1_0
+from tests.stores import Installed, Log, check_history, connected, install, together, version_0_1_0
 
 EVENTS = 50_000
 #: What version 0.1.0 sends; PostgreSQL finds the parameters' types itself.
@@ -58,6 +59,19 @@ class FormerCaller(threading.Thread):
                 self.done += 1
 
 
+async def fill(installed: Installed) -> None:
+    """Give the stream a history of `EVENTS` events, with heads."""
+    await installed.run(
+        f"""insert into "shop.orders".events
+        select p, row_number() over (partition by p order by n), 's' || n % 10000, n / 10000 + 1, n, 'Filled',
+               jsonb_build_object('n', n, 'price', n / 100.0), case when n % 3 = 0 then '{{"a": "x"}}'::jsonb end, now()
+        from (select n, refold.partition_of('s' || n % 10000, 3) as p from generate_series(0, {EVENTS - 1}) n) t;
+        update refold.heads h set recorded_at = now(), head = (
+          select max(position) from "shop.orders".events e where e.partition = h.partition)
+        """
+    )
+
+
 @asynccontextmanager
 async def appending(installed: Installed) -> AsyncIterator[list[FormerCaller]]:
     """Append all the while from four connections, in all partitions."""
@@ -87,15 +101,7 @@ async def test_a_filled_store_of_the_first_version_is_upgraded_while_appends_of_
     with version_0_1_0():
         installed = await install(database)
         stream = await installed.stream()
-    await installed.run(
-        f"""insert into "shop.orders".events
-        select p, row_number() over (partition by p order by n), 's' || n % 10000, n / 10000 + 1, n, 'Filled',
-               jsonb_build_object('n', n, 'price', n / 100.0), case when n % 3 = 0 then '{{"a": "x"}}'::jsonb end, now()
-        from (select n, refold.partition_of('s' || n % 10000, 3) as p from generate_series(0, {EVENTS - 1}) n) t;
-        update refold.heads h set recorded_at = now(), head = (
-          select max(position) from "shop.orders".events e where e.partition = h.partition)
-        """
-    )
+    await fill(installed)
     before = await installed.query(_HISTORY)
     assert before[0][1] == EVENTS
     # A library of this version that meets the former store works with it, and goes on through the migration.
@@ -132,6 +138,130 @@ async def test_a_filled_store_of_the_first_version_is_upgraded_while_appends_of_
             await conn.execute(f'set role "{owner}"'.encode())
             with pytest.raises(psycopg.errors.InsufficientPrivilege, match="append-only"):
                 await conn.execute(change.format('"shop.orders".events').encode())
+
+
+#: The names of the constraints that check values, of the table and of its partitions.
+_CHECKS = (
+    "select conrelid::regclass::text, conname from pg_constraint where contype = 'c' "
+    "and connamespace = '\"shop.orders\"'::regnamespace order by 1, 2"
+)
+_RIGHTS = (
+    "select oid::regprocedure::text, proacl::text, proowner::regrole::text, prosecdef, proconfig from pg_proc "
+    "where pronamespace = '\"shop.orders\"'::regnamespace and proname like 'append%' order by 1"
+)
+
+
+@contextmanager
+def stream_migrations(last: int) -> Iterator[None]:
+    """Let the catalog know the migrations of streams up to `last`, as the release that had them did."""
+    load = migrations.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(migrations, "load", lambda kind: load(kind)[:last] if kind == "stream" else load(kind))
+        yield
+
+
+async def test_the_checks_go_and_the_functions_see_to_it_while_appends_and_lone_appends_go_on(database: str) -> None:
+    with stream_migrations(4):
+        installed = await install(database)
+        stream = await installed.stream()
+    await fill(installed)
+    before, rights = await installed.query(_HISTORY), await installed.query(_RIGHTS)
+    assert len(await installed.query(_CHECKS)) == 5 * 4
+    # A store that met the former functions goes on through the migration, with lone appends and with groups.
+    async with await EventStore.open(installed.service) as store, appending(installed) as callers:
+        log = Log(installed, store, stream)
+        done = 0
+
+        async def append_on() -> None:
+            nonlocal done
+            for number in range(10):
+                outcomes = [await log.append("lone", f"later-{done + number}", expected_revision=done + number)]
+                outcomes += await together(*(log.append(f"g{n}", f"later-{done + number}") for n in range(8)))
+                assert [outcome.revision for outcome in outcomes] == [done + number + 1] * 9
+            done += 10
+
+        await append_on()
+        async with connected(installed.admin) as conn:
+            upgrading = asyncio.create_task(catalog.install_store(conn))
+            await append_on()
+            await upgrading
+            upgraded = await catalog.get_stream(conn, "shop", "orders")
+            assert upgraded is not None
+            assert upgraded.migration == migrations.load("stream")[-1].number
+        await append_on()
+        await progress(callers)
+        # The earlier release leaves it as it is, and what it makes anew is upgraded later.
+        with stream_migrations(4):
+            async with connected(installed.admin) as conn:
+                await catalog.install_store(conn)
+                assert await catalog.get_stream(conn, "shop", "orders") == upgraded
+            assert (await installed.stream("other")).migration == 4
+            async with await EventStore.open(installed.service) as earlier:
+                assert (await Log(installed, earlier, stream).append("e", "later-1")).revision == 1
+        await append_on()
+        async with connected(installed.admin) as conn:
+            await catalog.install_store(conn)
+        await append_on()
+        assert [caller.error for caller in callers] == [None] * 4
+    assert await installed.query(_CHECKS) == []
+    assert await installed.query(_RIGHTS) == rights
+    assert await installed.query(_HISTORY) == before
+    history = await installed.history(stream)
+    check_history(history)
+    assert len(history) == EVENTS + 9 * done + 1 + sum(caller.done for caller in callers)
+    heads = await installed.query("select partition, head from refold.heads where stream = 1 order by 1")
+    assert heads == [(p, sum(row[0] == p for row in history)) for p in range(3)]
+    for call in (
+        "append_one(1, 0, 's', -1, repeat('i', 256), 'T', '1', null)",
+        "append(jsonb_build_array(jsonb_build_object('subject', 's', 'events', jsonb_build_array("
+        "jsonb_build_object('id', repeat('i', 256), 'type', 'T', 'data', 1)))))",
+    ):
+        with pytest.raises(psycopg.errors.CheckViolation, match="an event's id has 1 to 255 bytes"):
+            await installed.query(f'select "shop.orders".{call}')
+
+
+@pytest.mark.parametrize("behind", [False, True])
+async def test_a_migration_waits_for_an_append_under_way_and_never_deadlocks_with_appends(
+    database: str, behind: bool
+) -> None:
+    """A writer's transaction has a head and the tables, and takes another head while the migration waits for it.
+
+    `behind`: the other head is held by an append that waits for the tables behind the migration, which closes a circle.
+    """
+    with stream_migrations(4):
+        installed = await install(database)
+        stream = await installed.stream()
+    subjects = {partition_of(f"s{n}", 3): f"s{n}" for n in range(50)}
+
+    async def append(conn: psycopg.AsyncConnection[Any], partition: int, number: int) -> None:
+        appends = [{"subject": subjects[partition], "events": [{"id": str(number), "type": "T", "data": 1}]}]
+        await conn.execute('select outcome from "shop.orders".append(%s)', [json.dumps(appends)])
+
+    async def waiting(mode: str) -> None:
+        while not await installed.query(f"select from pg_locks where mode = '{mode}' and not granted"):
+            pass
+
+    async with (
+        connected(installed.superuser) as writer,
+        connected(installed.superuser) as other,
+        connected(installed.admin) as conn,
+    ):
+        async with writer.transaction():
+            await append(writer, 0, 1)
+            upgrading = asyncio.create_task(catalog.install_store(conn))
+            await waiting("AccessExclusiveLock")
+            appending = [asyncio.create_task(append(other, 1, 2))] if behind else []
+            if behind:
+                await waiting("AccessShareLock")
+            await append(writer, 1, 3)
+            assert not upgrading.done()
+        await together(upgrading, *appending)
+    history = await installed.history(stream)
+    assert [row[:2] for row in history] == [(0, 1), (1, 1)] + [(1, 2)] * behind
+    check_history(history)
+    assert await installed.query(_CHECKS) == []
+    await installed.query("select pg_stat_force_next_flush()")
+    assert await installed.query("select deadlocks from pg_stat_database where datname = current_database()") == [(0,)]
 
 
 async def test_what_adds_to_a_store_is_noted_apart_from_what_earlier_releases_cannot_work_with(database: str) -> None:

@@ -309,3 +309,63 @@ async def test_the_service_is_refused_partitions_and_streams_that_are_not_there(
                     await conn.execute(forged_call(str(number or "null"), str(partition), function).encode())
                 assert caught.value.sqlstate in ("RF001", "RF002")
     assert await everything(installed) == before
+
+
+def call_with(function: str, subject: str, id: str, type: str) -> tuple[str, list[Any]]:  # noqa: A002
+    """Return a call of the service's own functions: of groups, one in which the event stands between two others."""
+    if function == "append_one":
+        return "select \"shop.orders\".append_one(1, 0, %s, -1, %s, %s, '1', null)", [subject, id, type]
+    other = f"other {len(subject)} {len(id)} {len(type)}"
+    query = f"""select * from "shop.orders".{function}(1, array[0], true,
+        %s::text[], array[0, 0], array[-1, -1]::bigint[], array[1, 2], array[1, 3], array[1, 3], array[0, 0],
+        array[1, 2], array[false, false], array[1, 2, 2], %s::text[], %s::text[], %s::text[],
+        array['1', '1', '1']::jsonb[], array[null, null, null]::jsonb[])"""
+    return query, [[other, subject], [other, subject, subject], ["1", id, "3"], ["T", type, "T"]]
+
+
+@pytest.mark.parametrize("function", ["append_group", "append_all", "append_one"])
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("subject", ["", "s" * 513, "é" * 257, "s" * 3000]),
+        ("id", ["", "i" * 256, "é" * 128, "i" * 3000]),
+        ("type", ["", "t" * 256, "é" * 128, "t" * 3000]),
+    ],
+)
+async def test_the_service_is_refused_events_whose_values_have_not_the_length_they_must(
+    installed: Installed, function: str, field: str, values: list[str]
+) -> None:
+    before = await everything(installed)
+    for value in values:
+        query, arguments = call_with(function, **{"subject": "s", "id": "i", "type": "T", field: value})
+        async with connected(dsn(installed, "eventstore")) as conn:
+            with pytest.raises(psycopg.errors.CheckViolation) as caught:
+                await conn.execute(query.encode(), arguments)
+        most = 512 if field == "subject" else 255
+        said = f"an event's {field} has 1 to {most} bytes in UTF-8, not {len(value.encode())}"
+        assert caught.value.diag.message_primary == said
+    assert await everything(installed) == before
+
+
+@pytest.mark.parametrize("function", ["append_group", "append_all", "append_one"])
+async def test_the_service_is_refused_events_that_lack_a_value(installed: Installed, function: str) -> None:
+    before = await everything(installed)
+    for field in ("subject", "id", "type"):
+        values: dict[str, Any] = {"subject": "s", "id": "i", "type": "T", field: None}
+        query, arguments = call_with(function, **{key: value or "" for key, value in values.items()})
+        arguments = [
+            [None if value == "" else value for value in one] if isinstance(one, list) else one or None
+            for one in arguments
+        ]
+        async with connected(dsn(installed, "eventstore")) as conn:
+            with pytest.raises(psycopg.errors.NotNullViolation):
+                await conn.execute(query.encode(), arguments)
+    assert await everything(installed) == before
+
+
+@pytest.mark.parametrize("function", ["append_group", "append_all", "append_one"])
+async def test_the_service_appends_values_of_the_greatest_length(installed: Installed, function: str) -> None:
+    query, arguments = call_with(function, function.ljust(12, "_") + "é" * 250, "é" * 127 + "i", "t" * 255)
+    async with connected(dsn(installed, "eventstore")) as conn:
+        await conn.execute(query.encode(), arguments)
+    check_history(await installed.history(await installed.stream("orders")))

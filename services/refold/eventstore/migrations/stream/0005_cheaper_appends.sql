@@ -277,8 +277,11 @@ begin
 end
 $$;
 
--- Last, since an append waits for this lock. One that waits for it, or for its head, as this is committed, still runs the
--- former function, so its values are looked at by nobody here, but were by the event store.
+-- Last, for appends wait while this lock is held. It can't deadlock with them: nobody waits for a head who has locked these
+-- tables, but a writer who appends twice in a transaction, and for him the migration gives way (refold.eventstore.online).
+-- An append that waits for this lock, or for its head, as this is committed still runs the former function: the lengths of
+-- its values are looked at by the event store alone, so of a writer's in SQL in that moment by nobody.
 alter table :"schema".events
-  drop constraint events_position_check, drop constraint events_subject_check, drop constraint events_revision_check,
-  drop constraint events_id_check, drop constraint events_type_check;
+  drop constraint if exists events_position_check, drop constraint if exists events_subject_check,
+  drop constraint if exists events_revision_check, drop constraint if exists events_id_check,
+  drop constraint if exists events_type_check;
