@@ -17,7 +17,7 @@ from refold.eventstore import EventStore, catalog, migrations
 from refold.eventstore.errors import EventStoreError
 from refold.partitioning import partition_of
 
-from tests.stores import Installed, Log, check_history, connected, install, together, version_0_1_0
+from tests.stores import Installed, Log, check_history, connected, event, install, together, version_0_1_0
 
 EVENTS = 50_000
 #: What version 0.1.0 sends; PostgreSQL finds the parameters' types itself.
@@ -152,16 +152,16 @@ _RIGHTS = (
 
 
 @contextmanager
-def stream_migrations(last: int) -> Iterator[None]:
-    """Let the catalog know the migrations of streams up to `last`, as the release that had them did."""
+def migrations_until(last: int, of: str) -> Iterator[None]:
+    """Let the catalog know the migrations of `of` (`store`, `stream`) up to `last`, as an earlier release did."""
     load = migrations.load
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(migrations, "load", lambda kind: load(kind)[:last] if kind == "stream" else load(kind))
+        patch.setattr(migrations, "load", lambda kind: load(kind)[:last] if kind == of else load(kind))
         yield
 
 
 async def test_the_checks_go_and_the_functions_see_to_it_while_appends_and_lone_appends_go_on(database: str) -> None:
-    with stream_migrations(4):
+    with migrations_until(4, "stream"):
         installed = await install(database)
         stream = await installed.stream()
     await fill(installed)
@@ -191,7 +191,7 @@ async def test_the_checks_go_and_the_functions_see_to_it_while_appends_and_lone_
         await append_on()
         await progress(callers)
         # The earlier release leaves it as it is, and what it makes anew is upgraded later.
-        with stream_migrations(4):
+        with migrations_until(4, "stream"):
             async with connected(installed.admin) as conn:
                 await catalog.install_store(conn)
                 assert await catalog.get_stream(conn, "shop", "orders") == upgraded
@@ -228,7 +228,7 @@ async def test_a_migration_waits_for_an_append_under_way_and_never_deadlocks_wit
 
     `behind`: the other head is held by an append that waits for the tables behind the migration, which closes a circle.
     """
-    with stream_migrations(4):
+    with migrations_until(4, "stream"):
         installed = await install(database)
         stream = await installed.stream()
     subjects = {partition_of(f"s{n}", 3): f"s{n}" for n in range(50)}
@@ -262,6 +262,42 @@ async def test_a_migration_waits_for_an_append_under_way_and_never_deadlocks_wit
     assert await installed.query(_CHECKS) == []
     await installed.query("select pg_stat_force_next_flush()")
     assert await installed.query("select deadlocks from pg_stat_database where datname = current_database()") == [(0,)]
+
+
+async def test_streams_with_event_types_refuse_what_was_not_checked_before_and_after_their_trigger_is_made_anew(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with migrations_until(4, "store"):
+        installed = await install(database)
+        stream = await installed.stream()
+    stream = await installed.event_types(stream, {"Happened": {"type": "integer"}})
+    unchecked = '[{"subject": "s", "events": [{"id": "x", "type": "Happened", "data": 1}]}]'
+
+    async def check(log: Log, number: int) -> None:
+        assert (await log.add("s", event(1, id=str(number)))).revision == number
+        with pytest.raises(EventStoreError):
+            await log.add("s", event("1", id="x"))
+        for revision in ("", str(stream.types_revision + 1)):
+            with pytest.raises(psycopg.Error) as caught:
+                await installed.run(
+                    f"select set_config('refold.event_types', '{revision}', false); "
+                    f"select \"shop.orders\".append('{unchecked}')"
+                )
+            assert caught.value.sqlstate == "RF006"
+
+    monkeypatch.setattr("refold.eventstore.online.PATIENCE", 0.1)
+    async with await EventStore.open(installed.service) as store, connected(installed.superuser) as reader:
+        log = Log(installed, store, stream)
+        await check(log, 1)
+        async with reader.transaction(), connected(installed.admin) as conn:
+            await reader.execute("select from refold.heads")  # as a backup does: it isn't waited for
+            await catalog.install_store(conn)
+        ((condition,),) = await installed.query(
+            "select pg_get_triggerdef(oid) from pg_trigger where tgname = 'refuse_unchecked'"
+        )
+        assert "WHEN ((new.types_revision IS NOT NULL))" in condition
+        await check(log, 2)
+    assert len(await installed.history(stream)) == 2
 
 
 async def test_what_adds_to_a_store_is_noted_apart_from_what_earlier_releases_cannot_work_with(database: str) -> None:
