@@ -23,3 +23,4 @@ $$;
 -- Waits for the appends under way, in all streams, but for no reader.
 create or replace trigger refuse_unchecked after update of head on refold.heads
   for each row when (new.types_revision is not null) execute function refold.refuse_unchecked();
+alter table refold.heads enable always trigger refuse_unchecked;    -- which the statement before has taken back
