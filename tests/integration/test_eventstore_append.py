@@ -17,7 +17,7 @@ import pytest
 from prometheus_client import REGISTRY
 from psycopg.types.json import Jsonb
 from refold import names, tokens
-from refold.eventstore import EventStore, Limits, NewEvent, catalog, reads
+from refold.eventstore import AppendResult, EventStore, Limits, NewEvent, catalog, group_call, reads
 from refold.eventstore import lane as lanes
 from refold.eventstore.appends import MAX_DEPTH, MAX_NUMBER
 from refold.eventstore.errors import (
@@ -390,6 +390,57 @@ async def test_connections_that_break_cost_a_retry_and_nothing_else(log: Log) ->
     history = await log.history()
     check_history(history)
     assert len(history) == 8 * 25
+
+
+async def test_a_subjects_appends_stay_in_the_order_of_the_calls_whatever_fails_amid_them(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group that was sent behind another one must not be applied where that wasn't, and not before it."""
+    behind = []
+
+    def marks(mark: bytes, **places: bytes) -> list[bytes]:
+        behind.append(places["behind"])
+        return real_marks(mark, **places)
+
+    real_marks = group_call.marks
+    monkeypatch.setattr(group_call, "marks", marks)
+    seed = Random().randrange(2**32)
+    print(f"seed {seed}")
+    chance = Random(seed)
+    sent: dict[str, list[str]] = {f"s{n}": [] for n in range(5)}
+    outcomes: list[asyncio.Future[AppendResult]] = []
+    await log.append("warm", "1")
+
+    async def breaker() -> None:
+        async with connected(log.installed.superuser) as conn:
+            while True:
+                await asyncio.sleep(chance.uniform(0, 0.2))
+                await conn.execute(
+                    "select pg_terminate_backend(pid) from pg_stat_activity where application_name = "
+                    "'refold-eventstore-append'"
+                )
+
+    breaking = asyncio.create_task(breaker())
+    for burst in range(400):
+        for number in range(chance.randint(1, 40)):
+            subject = f"s{chance.randrange(5)}"
+            one = event(id=f"{burst}-{number}")
+            if chance.random() < 0.005:
+                one = NewEvent(one.id, one.type, raw("never checked"))  # refuses its group
+            else:
+                sent[subject].append(one.id)
+            outcomes.append(log.store.submit(log.stream, subject, [one]))
+        await asyncio.sleep(chance.choice((0, 0.001, 0.002)))
+    results = await asyncio.gather(*outcomes, return_exceptions=True)
+    breaking.cancel()
+    refused = [result for result in results if not isinstance(result, AppendResult)]
+    assert refused
+    assert all(isinstance(result, InvalidAppendError) for result in refused)
+    assert len([mark for mark in behind if mark]) > 20
+    history = await log.history()
+    check_history(history)
+    for subject, ids in sent.items():
+        assert [one.id for one in await log.read(subject)] == ids
 
 
 async def test_while_postgresql_is_away_appends_wait_and_then_are_given_up(

@@ -55,6 +55,50 @@ def test_a_call_ends_when_its_connection_is_reset_under_it(postgres: Postgres) -
         assert uvloop.run(called(network)) < 5
 
 
+def test_calls_at_once_are_answered_in_their_order_and_fail_each_for_itself(postgres: Postgres) -> None:
+    """Also one that is more than a socket takes at once; and between calls the connection is psycopg's."""
+
+    async def run() -> list[object]:
+        conn = await connections.connect(postgres.dsn(), "test")
+        answers: list[object] = []
+        ended = asyncio.get_running_loop().create_future()
+
+        def note(answer: connections.Answer) -> None:
+            failed = isinstance(answer, psycopg.Error)
+            answers.append(type(answer).__name__ if failed else answer.get_value(0, 0))
+            if len(answers) == 6:
+                ended.set_result(None)
+
+        length, divided = b"select octet_length($1)", b"select 1 / $1::integer"
+        conn.send(b"length", length, [b"x" * 20_000_000], note)
+        conn.send(b"divided", divided, [bytes(4)], note)
+        conn.send(b"divided", divided, [bytes(3) + b"\1"], note)
+        conn.send(b"wrong", b"select no_such_column", [], note)
+        conn.send(b"wrong", b"select 5", [], note)  # behind one that failed: it was never prepared
+        conn.send(b"length", length, [b"xyz"], note)
+        await asyncio.wait_for(ended, 20)
+        for number in (1, 2):
+            answers.append(await (await conn.execute("select %s::integer", [number])).fetchone())
+            answers.append((await conn.call(b"wrong", b"select 5", [])).get_value(0, 0))
+        await conn.close()
+        return answers
+
+    whole = [(20_000_000).to_bytes(4, "big"), "DivisionByZero", bytes(3) + b"\1"]
+    mended = [bytes(3) + b"\5"]
+    assert uvloop.run(run()) == [
+        *whole, "UndefinedColumn", "InvalidSqlStatementName", bytes(3) + b"\3", (1,), *mended, (2,), *mended,
+    ]  # fmt: skip
+
+
+async def test_calls_that_were_sent_end_with_the_connection(postgres: Postgres) -> None:
+    conn = await connections.connect(postgres.dsn(), "test")
+    asleep = [asyncio.create_task(conn.call(b"sleep", b"select pg_sleep(20)", [])) for _ in range(2)]
+    await asyncio.sleep(0.1)
+    await conn.close()
+    results = await asyncio.wait_for(asyncio.gather(*asleep, return_exceptions=True), 5)
+    assert [type(result) for result in results] == [psycopg.OperationalError] * 2
+
+
 async def test_who_wants_a_connection_waits_a_moment_for_it_and_then_takes_another(postgres: Postgres) -> None:
     pool = connections.Connections(postgres.dsn(), size=3, application="test")
     async with pool.lend() as known:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import psycopg
-from psycopg import AsyncConnection, generators
+from psycopg import AsyncConnection
 from psycopg.abc import PQGen
 from psycopg.adapt import Buffer, Loader
-from psycopg.pq import ExecStatus, Format
+from psycopg.pq import ExecStatus, Format, PipelineStatus
 from psycopg.pq.abc import PGresult
 
 from refold.eventstore.errors import UnavailableError
@@ -49,15 +49,45 @@ class _RawJsonbLoader(Loader):
         return msgspec.Raw(bytes(data)[1:])  # after the format's version
 
 
+#: What a call came to: its result, or why there is none.
+Answer = PGresult | psycopg.Error
+
+
+class _Call:
+    """A call that was sent: who is told what it came to, what it has still to prepare, and what has come of it."""
+
+    __slots__ = ("answered", "error", "prepares", "result")
+
+    def __init__(self, answered: Callable[[Answer], None], prepares: bytes | None) -> None:
+        self.answered = answered
+        self.prepares = prepares
+        self.result: PGresult | None = None
+        self.error: psycopg.Error | None = None
+
+    def note(self, result: PGresult) -> None:
+        """Note one result; the first error is the reason of those that follow."""
+        if result.status == ExecStatus.TUPLES_OK:
+            self.result = result
+        elif result.status == ExecStatus.COMMAND_OK:
+            self.prepares = None  # it has, whatever comes of the call
+        elif self.error is None:
+            self.error = psycopg.errors.error_from_result(result)
+
+
 class StoreConnection(AsyncConnection[Any]):
-    """A connection that can also call a query with parameters that are in the binary format already."""
+    """A connection that can also call queries with parameters that are in the binary format already.
+
+    Calls are pipelined: each is a transaction of its own, and PostgreSQL begins with one when that before it has ended,
+    without waiting for this process. While one is under way the connection does nothing else.
+    """
 
     def __init__(self, pgconn: psycopg.pq.abc.PGconn) -> None:
         super().__init__(pgconn)
         self._prepared_calls: set[bytes] = set()
+        self._calls: collections.deque[_Call] = collections.deque()
         self._listening: tuple[asyncio.AbstractEventLoop, int] | None = None  # which tells `_arrived`, of which socket
-        self._answered: asyncio.Future[None] | None = None  # a call that waits for its result
         self._looking: asyncio.TimerHandle | None = None  # when it looks itself
+        self._writing = False  # whether the event loop tells of room in the socket
 
     async def call(self, name: bytes, query: bytes, parameters: Sequence[bytes | None]) -> PGresult:
         """Run `query`, prepared as `name` on first use, and return its result in the binary format.
@@ -67,47 +97,61 @@ class StoreConnection(AsyncConnection[Any]):
         Raises:
             psycopg.Error: what PostgreSQL answered.
         """
-        async with self.lock:
-            if name not in self._prepared_calls:
-                self.pgconn.send_prepare(name, query)
-                await self._result(ExecStatus.COMMAND_OK)
-                self._prepared_calls.add(name)
-            formats = [Format.BINARY] * len(parameters)
-            self.pgconn.send_query_prepared(name, parameters, formats, result_format=Format.BINARY)
-            return await self._result(ExecStatus.TUPLES_OK)
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self.send(name, query, parameters, lambda came: None if answer.done() else answer.set_result(came))
+        came = await answer
+        if isinstance(came, psycopg.Error):
+            raise came
+        return came
 
-    async def _result(self, expected: ExecStatus) -> PGresult:
-        pgconn = self.pgconn
-        if pgconn.flush():  # it is more than the socket takes at once
-            await self.wait(generators.send(pgconn))
-        found: PGresult | None = None
-        while True:
-            while pgconn.is_busy():
-                await self._answer()
-            result = pgconn.get_result()
-            if result is None:
-                break
-            found = result
-        if found is None or found.status != expected:
-            raise psycopg.errors.error_from_result(found) if found else psycopg.OperationalError("there is no result")
-        return found
+    def send(
+        self, name: bytes, query: bytes, parameters: Sequence[bytes | None], answered: Callable[[Answer], None]
+    ) -> None:
+        """Call as `call` does, after the calls that were sent before; `answered` is told what it came to.
 
-    async def _answer(self) -> None:
-        """Wait until a whole result has come.
-
-        psycopg registers the socket with the event loop for each wait; between two calls this one stays registered.
+        Raises:
+            psycopg.Error: it can't be sent; the connection can't be used any more.
         """
+        pgconn = self.pgconn
         loop = asyncio.get_running_loop()
         self._listen(loop)
-        self._answered = loop.create_future()
-        self._looking = loop.call_later(_LOOK_SECONDS, self._look, loop)
+        if pgconn.pipeline_status == PipelineStatus.OFF:
+            pgconn.enter_pipeline_mode()
+        prepares = None
+        if name not in self._prepared_calls:
+            pgconn.send_prepare(name, query)
+            prepares = name
+        pgconn.send_query_prepared(name, parameters, [Format.BINARY] * len(parameters), result_format=Format.BINARY)
+        pgconn.pipeline_sync()
+        if prepares:  # which is taken back where it fails
+            self._prepared_calls.add(prepares)
+        self._calls.append(_Call(answered, prepares))
+        if self._looking is None:
+            self._looking = loop.call_later(_LOOK_SECONDS, self._look, loop)
+        self._flush()
+
+    def _flush(self) -> None:
+        """Send what libpq holds; where the socket takes no more, go on when it does."""
+        if self._listening is None:
+            return
+        loop, socket = self._listening
         try:
-            await self._answered
-        finally:
-            self._looking.cancel()
-            self._answered = None
+            more = bool(self.pgconn.flush())
+        except psycopg.Error as error:
+            self._break(error)
+            return
+        if more != self._writing:
+            self._writing = more
+            if more:
+                loop.add_writer(socket, self._flush)
+            else:
+                loop.remove_writer(socket)
 
     def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Let the event loop tell of what comes.
+
+        psycopg registers the socket for each wait; between two calls this one stays registered.
+        """
         if self._listening is None:
             self._listening = loop, self.pgconn.socket
             loop.add_reader(self.pgconn.socket, self._arrived)
@@ -117,41 +161,83 @@ class StoreConnection(AsyncConnection[Any]):
 
         After a server was killed it was seen that the event loop no longer told of the socket of the next connection.
         """
-        waiting = self._answered
+        self._looking = None
+        if not self._calls:
+            return
         self._stop_listening()
         self._arrived()
-        if waiting is not None and not waiting.done():
+        if self._calls:
             self._listen(loop)
+            self._flush()
             self._looking = loop.call_later(_LOOK_SECONDS, self._look, loop)
 
     def _arrived(self) -> None:
         """Take what has come; also where nobody waits for it, such as the server's last words."""
-        waiting = self._answered if self._answered and not self._answered.done() else None
         try:
             self.pgconn.consume_input()
         except psycopg.Error as error:
-            self._stop_listening()
-            if waiting:
-                waiting.set_exception(error)
+            self._break(error)
         else:
-            if waiting and not self.pgconn.is_busy():
-                waiting.set_result(None)
+            self._deliver()
+
+    def _deliver(self) -> None:
+        """Answer the calls whose results are whole."""
+        pgconn = self.pgconn
+        ended = False  # one query's results have; the next one's, or the mark of the call's end, follow
+        while self._calls and not pgconn.is_busy():
+            result = pgconn.get_result()
+            if result is None:
+                if ended:
+                    self._break(psycopg.OperationalError("the connection has ended amid a call"))
+                    return
+                ended = True
+                continue
+            ended = False
+            if result.status != ExecStatus.PIPELINE_SYNC:
+                self._calls[0].note(result)
+                continue
+            call = self._calls.popleft()
+            if call.error is None and call.result is None:
+                call.error = psycopg.OperationalError("there is no result")
+            if call.prepares is not None:
+                self._prepared_calls.discard(call.prepares)
+            call.answered(call.result if call.error is None else call.error)  # type: ignore[arg-type]
+
+    def _break(self, error: psycopg.Error) -> None:
+        """Answer all calls: nothing comes any more."""
+        self._stop_listening()
+        calls, self._calls = self._calls, collections.deque()
+        for call in calls:
+            call.answered(call.error or error)  # its own error, where that is why the connection has ended
 
     def _stop_listening(self) -> None:
         if self._listening is not None:
             loop, socket = self._listening  # libpq may have closed it, and doesn't know its number any more
             loop.remove_reader(socket)
+            if self._writing:
+                loop.remove_writer(socket)
+                self._writing = False
             self._listening = None
 
     async def wait(self, gen: PQGen[_T], *arguments: Any, **options: Any) -> _T:
-        """Wait as psycopg does, which registers the socket itself."""
+        """Wait as psycopg does, which registers the socket itself, and sends otherwise than calls are sent."""
         self._stop_listening()
+        if self.pgconn.pipeline_status == PipelineStatus.ON and not self._calls:
+            self.pgconn.exit_pipeline_mode()
         return await super().wait(gen, *arguments, **options)
+
+    def end(self) -> None:
+        """Close the connection at once; calls that were sent end with an error."""
+        self._break(psycopg.OperationalError("the connection was closed"))
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
+        self._closed = True
+        self.pgconn.finish()
 
     async def close(self) -> None:
         """Close the connection."""
-        self._stop_listening()
-        await super().close()
+        self.end()
 
 
 async def connect(dsn: str, application: str) -> StoreConnection:
@@ -185,11 +271,11 @@ class Connections:
         self._dsn = dsn
         self._size = size
         self._application = application
-        self._idle: list[_Held] = []
+        self._idle: list[Held] = []
         self._open = 0
         self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
         # Of each that is lent: those who want it and no other as yet. It is handed over to them; None: take any.
-        self._wanted: dict[StoreConnection, collections.deque[asyncio.Future[_Held | None]]] = {}
+        self._wanted: dict[StoreConnection, collections.deque[asyncio.Future[Held | None]]] = {}
         self._closed = False
 
     def lend(self, like: StoreConnection | None = None) -> "_Lent":
@@ -204,7 +290,29 @@ class Connections:
         """
         return _Lent(self, like)
 
-    async def _take(self, like: StoreConnection | None) -> "_Held":
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody waits, whom any connection would help."""
+        return bool(self._waiting)
+
+    def take_now(self, like: StoreConnection | None = None) -> "Held | None":
+        """Return `like`, or another that is idle where `like` isn't lent; None where one would have to be waited for.
+
+        It is to be given back by `give_back`.
+        """
+        if not self._idle or self._waiting or like in self._wanted:
+            return None
+        return self._take_idle(like)
+
+    def _take_idle(self, like: StoreConnection | None) -> "Held":
+        at = -1  # nearly always the one that is wanted
+        if self._idle[at].conn is not like:
+            at = next((at for at, (conn, _) in enumerate(self._idle) if conn is like), -1)
+        held = self._idle.pop(at)
+        self._wanted[held.conn] = collections.deque()
+        return held
+
+    async def _take(self, like: StoreConnection | None) -> "Held":
         if like in self._wanted and (handed := await self._hand_over(like)):
             return handed
         while not self._idle and self._open >= self._size:
@@ -217,37 +325,34 @@ class Connections:
                     self._wake()
                 raise
         if self._idle:
-            at = -1  # nearly always the one that is wanted
-            if self._idle[at].conn is not like:
-                at = next((at for at, (conn, _) in enumerate(self._idle) if conn is like), -1)
-            held = self._idle.pop(at)
-        else:
-            self._open += 1
-            try:
-                held = _Held(await connect(self._dsn, self._application), time.monotonic())
-            except BaseException:
-                self._open -= 1
-                self._wake()
-                raise
+            return self._take_idle(like)
+        self._open += 1
+        try:
+            held = Held(await connect(self._dsn, self._application), time.monotonic())
+        except BaseException:
+            self._open -= 1
+            self._wake()
+            raise
         self._wanted[held.conn] = collections.deque()
         return held
 
-    async def _hand_over(self, like: StoreConnection) -> "_Held | None":
+    async def _hand_over(self, like: StoreConnection) -> "Held | None":
         """Wait a moment for a connection that is lent; return it, or None where any other will do."""
         loop = asyncio.get_running_loop()
-        turn: asyncio.Future[_Held | None] = loop.create_future()
+        turn: asyncio.Future[Held | None] = loop.create_future()
         self._wanted[like].append(turn)
         patience = loop.call_later(_PLANS_SECONDS, _say, turn, None)
         try:
             return await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled() and (handed := turn.result()):
-                await self._give_back(handed)
+                self.give_back(handed)
             raise
         finally:
             patience.cancel()
 
-    async def _give_back(self, held: "_Held") -> None:
+    def give_back(self, held: "Held") -> None:
+        """Take back a connection that was lent: it is lent again, or closed where it is broken, busy or old."""
         conn, born = held
         wanted = self._wanted[conn]
         usable = not self._closed and not conn.closed and time.monotonic() - born < MAX_AGE
@@ -268,7 +373,7 @@ class Connections:
                 self._open -= len(self._idle)
                 self._idle.clear()
             for one in stale:
-                await one.close()
+                one.end()
         self._wake()
         for turn in wanted:  # after the one who waits for any, so that they don't come before him
             _say(turn, None)
@@ -303,10 +408,10 @@ class Connections:
         while self._idle:
             conn, _ = self._idle.pop()
             self._open -= 1
-            await conn.close()
+            conn.end()
 
 
-class _Held(NamedTuple):
+class Held(NamedTuple):
     """A connection, and when it was made."""
 
     conn: StoreConnection
@@ -334,4 +439,4 @@ class _Lent:
         return self._held.conn
 
     async def __aexit__(self, *_: object) -> None:
-        await self._connections._give_back(self._held)
+        self._connections.give_back(self._held)

@@ -18,13 +18,20 @@ def query(schema: str, function: Literal["append_group", "append_all", "append_o
 
     `types_revision` is that of the event types that the group was checked with; the database refuses it (RF006) where
     the stream has another.
+
+    A group may be sent behind another before that has ended (`marks`): a session's setting, which is set back where a
+    transaction fails, tells whether the other was applied. If it wasn't, no stream is named, which is refused (RF001).
     """
     one = function == "append_one"
     parameters = [f"${n}" for n in range(1, 9 if one else 19)]
+    conditions = []
     if types_revision:  # said in the same statement, for its transaction alone
-        parameters[0] = (
-            f"case when set_config('refold.event_types', '{types_revision:d}', true) is not null then $1::integer end"
-        )
+        conditions.append(f"set_config('refold.event_types', '{types_revision:d}', true) is not null")
+    if function == "append_group":
+        conditions.append("($19::text = '' or current_setting('refold.group', true) = $19)")
+        conditions.append("set_config('refold.group', $20::text, false) is not null")
+    if conditions:
+        parameters[0] = f"case when {' and '.join(conditions)} then $1::integer end"
     call = sql.SQL("{}({})").format(sql.Identifier(schema, function), sql.SQL(", ").join(map(sql.SQL, parameters)))
     query = sql.SQL("select {}" if one else "select outcomes, revisions, positions from {}").format(call)
     return query.as_string().encode()
@@ -95,3 +102,11 @@ def arguments(stream: int, parts: Sequence[Append], *, careful: bool) -> list[by
         arrays.jsonb_array([element for part in parts for element in part.data]),
         arrays.jsonb_array([element for part in parts for element in part.metadata]),
     ]
+
+
+def marks(mark: bytes, *, behind: bytes) -> list[bytes]:
+    """Return the further parameters of `append_group`: the group's own mark, and that of the one that it stands behind.
+
+    The latter is empty where it stands behind none.
+    """
+    return [behind, mark]

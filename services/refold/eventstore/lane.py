@@ -5,24 +5,33 @@ process, and no timer delays a lone append. Each append has its own outcome. A g
 whole is split until the guilty append stands alone. A group whose connection breaks is run again, also where its
 outcome is unknown: events carry ids, so what was committed is found and answered with its first outcome.
 
+Under load a second group is sent behind the one in flight, on its connection, so that PostgreSQL goes from one
+transaction to the next without waiting for this process. It is applied only if the one before it was (see
+group_call.py); else both are applied once more, in their order.
+
+What is usual runs in callbacks of the event loop, without a task: they take a third of the time. What isn't (event
+types to be read, no connection yet, an error) is settled in a task, and meanwhile nothing else is begun.
+
 An atomic append (to many subjects, all or none) is a group of its own, in its turn.
 """
 
 import asyncio
 import collections
+import itertools
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Self, cast
 
 import psycopg
 import structlog
+from psycopg.pq.abc import PGresult
 
 from refold import tokens
 from refold.eventstore import arrays, group_call, metrics
 from refold.eventstore.appends import Append, ExpectedRevision
 from refold.eventstore.catalog import Stream
-from refold.eventstore.connections import Connections, StoreConnection
+from refold.eventstore.connections import Answer, Connections, Held, StoreConnection
 from refold.eventstore.errors import (
     EventStoreError,
     IdConflictError,
@@ -132,9 +141,35 @@ class WaitingAll(NamedTuple):
 #: One `WaitingAll`, or any number of `Waiting`.
 _Group = Sequence[Waiting | WaitingAll]
 
+#: Marks of groups, so that one can be sent behind another; no two of a process are alike.
+_MARKS = itertools.count(1)
+
+
+class _Flight:
+    """A group that is under way.
+
+    Attributes:
+        group: its appends.
+        mark: what another group names to be sent behind this one; empty: none can be.
+        behind: the group that it was sent behind.
+        sent: when (time.perf_counter).
+        failed: it is to be settled, because it couldn't be sent or came back with `error`.
+        error: why, if PostgreSQL has refused it.
+    """
+
+    __slots__ = ("behind", "error", "failed", "group", "mark", "sent")
+
+    def __init__(self, group: _Group) -> None:
+        self.group = group
+        self.mark = b""
+        self.behind: _Flight | None = None
+        self.sent = 0.0
+        self.failed = False
+        self.error: psycopg.Error | None = None
+
 
 class Lane:
-    """One stream: the appends that wait for it, and the one transaction that is in flight."""
+    """One stream: the appends that wait for it, and its groups that are under way."""
 
     def __init__(
         self,
@@ -142,7 +177,7 @@ class Lane:
         connections: Connections,
         guard: Guard,
         *,
-        running: set[asyncio.Task[None]],
+        running: set[asyncio.Future[None]],
         appended: Callable[[Stream], None],
         gone: Callable[["Lane"], None],
     ) -> None:
@@ -152,19 +187,28 @@ class Lane:
             stream: the stream.
             connections: on which it appends.
             guard: the stream's event types.
-            running: where the lane's task stands while appends wait or are under way.
+            running: where a future of the lane's stands while appends wait or are under way.
             appended: is told when new events were committed.
             gone: is told when the database says that the stream isn't active any more.
         """
         self.stream = stream
         self.guard = guard
         self._connections = connections
-        self._tasks = running
+        self._loop = asyncio.get_running_loop()
+        self._busy_lanes = running
         self._told = appended
         self._gone = gone
-        self._running = False
+        self._busy: asyncio.Future[None] | None = None  # this lane's among `running`
+        self._beginning = False  # whether `_begin` is about to run
+        self._mending: asyncio.Task[None] | None = None
+        self._landing: asyncio.Future[None] | None = None  # a flight that the task waits for
         self._pace = Pace()
         self._connection: StoreConnection | None = None  # the one used last
+        self._held: Held | None = None  # the one that flights are on
+        self._in_air = 0  # how many flights are
+        self._landed = 0.0  # when the last one came back (time.perf_counter)
+        self._former = 0  # how many appends the last group had, whose callers go on now
+        self._flights: collections.deque[_Flight] = collections.deque()  # in the order in which they were begun
         self._waiting: collections.deque[Waiting | WaitingAll] = collections.deque()
         self._append_as(0)
         label = f"{stream.namespace}/{stream.name}"
@@ -185,27 +229,165 @@ class Lane:
     def add(self, waiting: Waiting | WaitingAll) -> None:
         """Let an append wait for its transaction; they are applied in the order of these calls."""
         self._waiting.append(waiting)
-        if not self._running:
-            self._running = True
-            task = asyncio.create_task(self._run())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        if self._busy is None:
+            self._busy = self._loop.create_future()
+            self._busy_lanes.add(self._busy)
+        flights = self._flights  # one in flight is followed by one that is no smaller
+        if not self._beginning and (not flights or (len(flights) == 1 and len(self._waiting) >= len(flights[0].group))):
+            self._begin_soon()
 
-    async def _run(self) -> None:
-        """Commit group after group until nobody waits."""
+    def _begin_soon(self) -> None:
+        """Begin when those who run now have added their appends."""
+        self._beginning = True
+        self._loop.call_soon(self._begin)
+
+    def _begin(self) -> None:
+        """Begin with what waits, as far as something is to be begun now."""
+        self._beginning = False
         group: _Group = []
-        former = 0  # how many appends were in the group before
         try:
-            while self._waiting:
-                most = self._pace.share(former, len(self._waiting), worked=time.thread_time())
+            while self._mending is None and self._waiting and (most := self._due()):
                 group = self._take(most)
-                await self._settle(group)
-                former = len(group)
+                if group:
+                    self._send(group)
+            self._rest()
+        except Exception as error:
+            log.exception("Appends failed unexpectedly", stream=self.stream.schema)
+            self._abandon(group, error)
+
+    def _due(self) -> int:
+        """Return how many appends, at most, go into a group now; 0: none is to be begun now."""
+        if not self._flights:
+            return self._pace.share(self._former, len(self._waiting))
+        ahead = self._flights[-1]
+        if len(self._flights) > 1 or not ahead.mark or isinstance(self._waiting[0], WaitingAll):
+            return 0
+        if self._connections.wanted:
+            return 0  # somebody else is to have the connection
+        most = self._pace.share(len(ahead.group), len(self._waiting))
+        return most if most <= len(self._waiting) else 0
+
+    def _send(self, group: _Group) -> None:
+        """Send the group, or let it be settled in a task."""
+        flight = _Flight(group)
+        ahead = self._flights[-1] if self._flights else None
+        self._flights.append(flight)
+        self._former = 0
+        checked = self._known_as_checked(group)
+        if checked and self._held is None:
+            self._held = self._connections.take_now(self._connection)
+        if not checked or self._held is None:
+            self._mend(flight)
+            return
+        self._connection = conn = self._held.conn
+        if isinstance(group[0], Waiting) and not (ahead is None and self._is_one(group)):
+            flight.mark, flight.behind = b"%d" % next(_MARKS), ahead
+        call = self._call(group, mark=flight.mark, behind=ahead.mark if ahead else b"")
+        flight.sent = time.perf_counter()
+        self._in_air += 1
+        try:
+            conn.send(*call, lambda answer: self._land(flight, answer))
+        except psycopg.Error as error:
+            self._land(flight, error)
+
+    def _known_as_checked(self, group: _Group) -> bool:
+        """Tell whether `_vet` has nothing to do."""
+        guard = self.guard
+        if not (guard.revision or self.stream.types_revision):
+            return True  # as far as is known the stream never had any
+        if guard.broken or self.stream.types_revision > guard.revision or self._revision != guard.revision:
+            return False
+        parts = (part for waiting in group for part in waiting.parts())
+        return all(part.types_revision == guard.revision and part.refusal is None for part in parts)
+
+    def _is_one(self, group: _Group) -> bool:
+        """Tell whether the group is one append of one event."""
+        first = group[0]
+        return (
+            len(group) == 1
+            and isinstance(first, Waiting)
+            and len(first.append.ids) == 1
+            and self.stream.migration >= _APPEND_ONE_MIGRATION
+        )
+
+    def _land(self, flight: _Flight, answer: Answer) -> None:
+        """Take what a group came to that was sent; the next one is sent before this one's callers go on."""
+        now = time.perf_counter()
+        self._in_air -= 1
+        if self._landing is not None and not self._landing.done():
+            self._landing.set_result(None)
+        if self._in_air == 0 and self._held is not None:
+            held, self._held = self._held, None
+            self._connections.give_back(held)
+        if isinstance(answer, psycopg.Error):
+            # What was sent behind one that failed was refused for that alone, or for what that was.
+            flight.error = None if flight.behind is not None and flight.behind.failed else answer
+            self._mend(flight)
+            return
+        flight.behind = None  # or each would keep all that came before
+        self._flights.remove(flight)
+        seconds = now - max(flight.sent, self._landed)
+        self._landed = now
+        self._former = len(flight.group)
+        self._pace.took(self._former, seconds, worked=time.thread_time())
+        metrics.COMMIT.observe(seconds)
+        try:
+            columns = _columns(answer)
+            # The database begins with the next group before this one's callers go on, unless they belong into it.
+            if not self._flights and self._waiting and self._due() <= len(self._waiting):
+                self._begin()
+            self._answer(flight.group, columns)
+            if self._waiting and not self._beginning:
+                self._begin_soon()
+            self._rest()
+        except Exception as error:
+            log.exception("Appends failed unexpectedly", stream=self.stream.schema)
+            self._abandon(flight.group, error)
+
+    def _mend(self, flight: _Flight) -> None:
+        """Let a group be settled in a task, after those that were begun before it."""
+        flight.failed = True
+        if self._mending is None:
+            self._mending = self._loop.create_task(self._mend_all())
+
+    async def _mend_all(self) -> None:
+        """Settle the groups that failed, in the order in which they were begun, until none is under way any more."""
+        flight: _Flight | None = None
+        try:
+            while self._flights:
+                flight = self._flights[0]
+                if flight.failed:
+                    await self._settle(flight.group, flight.error)
+                    if self._flights and self._flights[0] is flight:
+                        self._flights.popleft()
+                else:
+                    self._landing = self._loop.create_future()
+                    await self._landing
+        except Exception as error:
+            log.exception("Appends failed unexpectedly", stream=self.stream.schema)
+            self._abandon([] if flight is None else flight.group, error)
         finally:
-            self._running = False
-            # Nobody is left waiting, whatever went wrong here or in `_answer`.
-            self._fail([*group, *self._waiting], EventStoreError("the event store failed unexpectedly, see its log"))
-            self._waiting.clear()
+            self._mending = None
+            self._former = 0
+        self._begin()
+
+    def _rest(self) -> None:
+        """Say so where nothing waits and nothing is under way."""
+        if self._busy is not None and not self._waiting and not self._flights:
+            self._busy_lanes.discard(self._busy)
+            self._busy.set_result(None)
+            self._busy = None
+            self._former = 0
+
+    def _abandon(self, group: _Group, error: Exception) -> None:
+        """Leave nobody waiting after what must not happen."""
+        unexpected = EventStoreError("the event store failed unexpectedly, see its log")
+        unexpected.__cause__ = error
+        self._fail([*group, *(waiting for flight in self._flights for waiting in flight.group)], unexpected)
+        self._fail(self._waiting, unexpected)
+        self._waiting.clear()
+        self._flights = collections.deque(flight for flight in self._flights if flight.sent and not flight.failed)
+        self._rest()
 
     def _take(self, most: int) -> _Group:
         """Take the next group, at most `most` appends in the order in which they came; an atomic one stands alone."""
@@ -229,20 +411,25 @@ class Lane:
             group.append(waiting)
         return group
 
-    async def _settle(self, group: _Group) -> None:
-        """Give each append of the group its outcome."""
+    async def _settle(self, group: _Group, failed: psycopg.Error | None = None) -> None:
+        """Give each append of the group its outcome; `failed` is why a first attempt did."""
         attempt = 0
         careful = stale = False
         while group:
             try:
+                if failed is not None:
+                    error, failed = failed, None
+                    raise error
                 group = await self._vet(group, stale=stale)
                 if not group:
                     return
                 begin = time.perf_counter()
-                columns = await self._commit(group, careful=careful)
-                seconds = time.perf_counter() - begin
-                self._pace.took(len(group), seconds)
-                metrics.COMMIT.observe(seconds)
+                async with self._connections.lend(self._connection) as conn:
+                    self._connection = conn
+                    result = await conn.call(*self._call(group, mark=b"", careful=careful))
+                metrics.COMMIT.observe(time.perf_counter() - begin)
+                self._answer(group, _columns(result))
+                return
             except (psycopg.Error, OSError) as error:
                 state = getattr(error, "sqlstate", None) or ""
                 if state == _NOT_SERVED or isinstance(
@@ -283,12 +470,6 @@ class Lane:
                     pause = min(most, least * 2**attempt) * random.uniform(0.5, 1)  # noqa: S311 (spreads load)
                     await asyncio.sleep(pause)
                 attempt += 1
-            else:
-                if self._waiting:  # the database begins with the next group before this one's callers go on
-                    asyncio.get_running_loop().call_soon(self._answer, group, columns)
-                else:
-                    self._answer(group, columns)
-                return
 
     async def _vet(self, group: _Group, *, stale: bool) -> _Group:
         """Refuse what the stream's event types refuse; return the rest, checked with the latest that are known.
@@ -322,31 +503,21 @@ class Lane:
                 self._fail([waiting], error)
         return left
 
-    async def _commit(self, group: _Group, *, careful: bool) -> list[tuple[int, ...]]:
-        """Run the group's transaction; return outcomes, revisions and positions."""
+    def _call(
+        self, group: _Group, *, mark: bytes, behind: bytes = b"", careful: bool = False
+    ) -> tuple[bytes, bytes, Sequence[bytes | None]]:
+        """Return name, query and arguments of the group's transaction; without a `mark` a lone append's cheaper one."""
         first = group[0]
-        one = False
-        arguments: Sequence[bytes | None]
+        stream = self.stream.stream
         if isinstance(first, WaitingAll):
-            name, query = self._append_all_name, self._append_all
-            arguments = group_call.arguments(self.stream.stream, first.appends, careful=careful)
-        else:
-            metrics.GROUP.observe(len(group))
-            one = len(group) == len(first.append.ids) == 1 and not careful
-            one = one and self.stream.migration >= _APPEND_ONE_MIGRATION
-            if one:
-                name, query = self._append_one_name, self._append_one
-                arguments = group_call.arguments_of_one(self.stream.stream, first.append)
-            else:
-                name, query = self._append_name, self._append
-                parts = [waiting.append for waiting in cast("Sequence[Waiting]", group)]
-                arguments = group_call.arguments(self.stream.stream, parts, careful=careful)
-        async with self._connections.lend(self._connection) as conn:
-            self._connection = conn
-            result = await conn.call(name, query, arguments)
-        if one:
-            return [(value,) for value in arrays.int8_values(result.get_value(0, 0) or b"")]
-        return [arrays.int8_values(result.get_value(0, column) or b"") for column in range(3)]
+            arguments = group_call.arguments(stream, first.appends, careful=careful)
+            return self._append_all_name, self._append_all, arguments
+        metrics.GROUP.observe(len(group))
+        parts = [waiting.append for waiting in cast("Sequence[Waiting]", group)]
+        if not mark and not careful and self._is_one(group):
+            return self._append_one_name, self._append_one, group_call.arguments_of_one(stream, parts[0])
+        arguments = group_call.arguments(stream, parts, careful=careful) + group_call.marks(mark, behind=behind)
+        return self._append_name, self._append, arguments
 
     def _answer(self, group: _Group, columns: list[tuple[int, ...]]) -> None:
         try:
@@ -406,7 +577,14 @@ class Lane:
         return appended, replayed
 
     @staticmethod
-    def _fail(group: _Group, error: EventStoreError) -> None:
+    def _fail(group: Iterable[Waiting | WaitingAll], error: EventStoreError) -> None:
         for waiting in group:
             if not waiting.outcome.done():
                 waiting.outcome.set_exception(error)
+
+
+def _columns(result: PGresult) -> list[tuple[int, ...]]:
+    """Return outcomes, revisions and positions."""
+    if result.nfields == 1:
+        return [(value,) for value in arrays.int8_values(result.get_value(0, 0) or b"")]
+    return [arrays.int8_values(result.get_value(0, column) or b"") for column in range(3)]

@@ -16,26 +16,30 @@ class Pace:
     def __init__(self) -> None:
         self._transaction = 0.0  # seconds that one takes
         self._append = 0.0  # seconds of this thread's work for one append: the caller's, checks, encoding, answer
-        self._appends = 0  # of the last group
         self._worked = 0.0
 
-    def share(self, former: int, waiting: int, *, worked: float) -> int:
-        """Return how many appends the next group is to have at most.
+    def share(self, former: int, waiting: int) -> int:
+        """Return how many appends the next group is to have; where fewer wait, the former ones' callers bring the rest.
 
         Args:
-            former: appends of the group that has just ended, whose callers will go on; 0 where nothing was under way.
+            former: appends of the group that is in its transaction, or has just ended, whose callers will go on; 0
+                where nothing was under way.
             waiting: how many wait.
-            worked: seconds that this thread has worked, ever (time.thread_time).
         """
-        if self._appends:
-            self._append += _WEIGHT * ((worked - self._worked) / self._appends - self._append)
-        self._worked = worked
         # About a half of a transaction's time depends on what is in it; the rest would be paid twice.
         if self._transaction / 2 > self._append * (former + waiting):
-            return waiting
+            return former + waiting
         return -(-(former + waiting) // 2)
 
-    def took(self, appends: int, seconds: float) -> None:
-        """Note that the transaction of the group, which had so many appends, took so long."""
-        self._appends = appends
+    def took(self, appends: int, seconds: float, *, worked: float) -> None:
+        """Note that the transaction of a group, which had so many appends, took so long.
+
+        Args:
+            appends: how many.
+            seconds: how long.
+            worked: seconds that this thread has worked, ever (time.thread_time).
+        """
+        if self._worked:
+            self._append += _WEIGHT * ((worked - self._worked) / appends - self._append)
+        self._worked = worked
         self._transaction += _WEIGHT * (seconds - self._transaction)

@@ -58,7 +58,7 @@ class EventStore:
         self._waiting = 0
         self._waiting_bytes = 0
         self._tasks: list[asyncio.Task[None]] = []
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: set[asyncio.Future[None]] = set()
         self._closing = False
         metrics.WAITING.set_function(lambda: self._waiting)
         metrics.WAITING_BYTES.set_function(lambda: self._waiting_bytes)
