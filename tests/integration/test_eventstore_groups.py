@@ -49,6 +49,8 @@ def call(
     """Append a group; return outcome, revision and position of each append."""
     with psycopg.connect(dsn, autocommit=True) as conn:
         values = group_call.arguments(stream.stream, parts, careful=careful)
+        if function == "append_group":
+            values += group_call.marks(b"1", behind=b"")
         query = group_call.query(stream.schema, function, 0)
         result = conn.pgconn.exec_params(query, values, None, [Format.BINARY] * len(values), Format.BINARY)
         if result.status != ExecStatus.TUPLES_OK:

@@ -362,18 +362,26 @@ async def test_a_migration_that_waits_for_a_long_reader_gives_way_to_appends(
     assert await installed.query('select count(*), count(later) from "shop.orders".events') == [(number + 2, 0)]
 
 
-async def test_a_migration_that_is_never_given_its_locks_says_what_holds_it_up_and_changes_nothing(
+async def test_a_migration_that_is_never_given_its_locks_says_what_holds_it_up_and_keeps_no_other_stream_waiting(
     database: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed = await install(database)
-    stream = await installed.stream()
+    held, free = await installed.stream(), [await installed.stream(f"free-{number}") for number in range(4)]
     request.getfixturevalue("later")
-    monkeypatch.setattr("refold.eventstore.online.PATIENCE", 0.1)
+    monkeypatch.setattr("refold.eventstore.online.PATIENCE", 1.5)
     async with connected(installed.superuser) as reader, connected(installed.admin) as conn:
         async with reader.transaction():
             await reader.execute('select from "shop.orders".events')
-            with pytest.raises(EventStoreError, match="pg_stat_activity"):
+            with structlog.testing.capture_logs() as logged:
                 await catalog.install_store(conn)
-        assert (await catalog.get_stream(conn, "shop", "orders")) == stream
+            (warning,) = [line for line in logged if line["log_level"] == "warning"]
+            assert "pg_stat_activity" in warning["event"]
+            assert warning["streams"] == 1
+            assert (await catalog.get_stream(conn, "shop", "orders")) == held
+            async with await EventStore.open(installed.service) as store:
+                for stream in (held, *free):
+                    assert (await Log(installed, store, stream).append("s", "1")).revision == 1
+        for number in range(4):
+            assert await installed.query(f'select count(*), count(later) from "shop.free-{number}".events') == [(1, 0)]
         await catalog.install_store(conn)
-    assert await installed.query('select count(later) from "shop.orders".events') == [(0,)]
+    assert await installed.query('select count(*), count(later) from "shop.orders".events') == [(1, 0)]

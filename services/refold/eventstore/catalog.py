@@ -10,19 +10,24 @@ after it, so that whoever looks can tell whose topic it is. All is owned by the 
 
 import contextlib
 import datetime as dt
+import functools
+import random
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 import psycopg
+import structlog
 from psycopg import AsyncConnection, sql
 from psycopg.rows import class_row
 
 from refold import names
 from refold.eventstore import event_types, migrations, records, roles
 from refold.eventstore.errors import ConflictError, EventStoreError, NotInstalledError
-from refold.eventstore.online import LOCK_TIMEOUT, giving_way
+from refold.eventstore.online import LOCK_TIMEOUT, each_giving_way, giving_way
+
+log = structlog.get_logger(__name__)
 
 #: Held exclusively while a store is installed or upgraded, shared while a stream is claimed or dropped ("Refi").
 _INSTALL_LOCK = 0x52656669
@@ -74,15 +79,16 @@ _STREAMS = sql.SQL("select {} from refold.streams").format(_COLUMNS)
 async def install_store(conn: AsyncConnection[Any]) -> str:
     """Install or upgrade the store of the connection's database, and the schemas of the streams in it.
 
-    Idempotent; two at once wait for each other.
+    Idempotent; two at once wait for each other. A stream whose tables other transactions hold for long keeps its
+    migration, with a warning in the log, until this is called again.
 
     Returns:
         The store's id, 16 hex digits, chosen when it was first installed.
 
     Raises:
         ConflictError: a role of the store exists and isn't Refold's.
-        EventStoreError: the database was installed by a later version of Refold, or other transactions hold its tables
-            for longer than a migration waits (see `refold.eventstore.online`).
+        EventStoreError: the database was installed by a later version of Refold, or other transactions hold the
+            catalog's tables for longer than a migration waits (see `refold.eventstore.online`).
         psycopg.Error: the role isn't allowed to (it needs CREATEROLE and must own the database), or isn't reachable.
     """
     found = await giving_way(conn, lambda: _migrate_store(conn))
@@ -709,17 +715,29 @@ async def _migrate_streams(conn: AsyncConnection[Any], streams: Sequence[Stream]
 
 
 async def _upgrade_streams(conn: AsyncConnection[Any]) -> None:
-    """Apply missing stream migrations, a transaction a stream."""
+    """Apply missing stream migrations, a transaction a stream.
+
+    A stream whose tables are in use for long is left as it is, and served so, until this is called again.
+    """
     latest = migrations.load("stream")[-1].number
-    for behind in await _select(conn, sql.SQL(" where migration < {} order by stream").format(latest)):
-        locked = sql.SQL(" where stream = {} and migration < {} for update").format(behind.stream, latest)
 
-        async def upgrade(locked: sql.Composable = locked) -> None:
-            async with as_owner(conn, _store_roles(conn)["owner"]):
-                found = await _select(conn, locked)
-            await _migrate_streams(conn, found)
+    async def upgrade(stream: Stream) -> None:
+        async with as_owner(conn, _store_roles(conn)["owner"]):
+            found = await _select(
+                conn, sql.SQL(" where stream = {} and migration < {} for update").format(stream.stream, latest)
+            )
+        await _migrate_streams(conn, found)
 
-        await giving_way(conn, upgrade)
+    behind = await _select(conn, sql.SQL(" where migration < {}").format(latest))
+    random.shuffle(behind)  # those whose tables are in use don't keep the same others waiting each time
+    left = await each_giving_way(conn, [functools.partial(upgrade, stream) for stream in behind])
+    if left:
+        log.warning(
+            "Streams are served as they are until their tables can be migrated: they were in use for long; end the "
+            "long transactions that pg_stat_activity shows, the operator tries again",
+            database=conn.info.dbname,
+            streams=left,
+        )
 
 
 async def _ensure_schema(conn: AsyncConnection[Any], owner: str) -> None:
