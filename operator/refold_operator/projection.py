@@ -54,6 +54,9 @@ _log = structlog.get_logger(__name__)
 
 #: Reasons that go by themselves when something else is done; no person has to look.
 PASSING = frozenset({"StreamNotReady", "Installing", "ProcessesEnding", "AsOfNotPassed", "ReadModelInUse"})
+#: The reason where somebody else has an object of a child's name; and children that no other child needs.
+_OBJECT_CONFLICT = "ObjectConflict"
+_NEEDED_BY_NOTHING = frozenset({"Service", "PodDisruptionBudget", "HorizontalPodAutoscaler"})
 #: The reason where a swap or a deletion waits for who reads in SQL.
 _BUSY = "ReadModelInUse"
 #: The reason where the read store doesn't answer.
@@ -164,7 +167,7 @@ async def reconcile(projection: Projection, around: Surroundings) -> Result:
             if state.live is not None:
                 plan = _plan(projection, None, state, {})
                 made = await _definitions(projection, around)
-                deployments = await _apply(projection, around, plan.keep, found, state=state, made=made)
+                deployments, _ = await _apply(projection, around, plan.keep, found, state=state, made=made)
                 await _tell_store(projection, around, state, made)
                 await _drop(projection, around, plan)
             raise
@@ -179,7 +182,7 @@ async def reconcile(projection: Projection, around: Surroundings) -> Result:
             state = await around.readstore.status(namespace=namespace, name=name)
         plan = _plan(projection, version, state, {})
         made = await _definitions(projection, around)
-        deployments = await _apply(projection, around, plan.keep, found, state=state, made=made)
+        deployments, problem = await _apply(projection, around, plan.keep, found, state=state, made=made)
         with _readstore_errors():
             await around.readstore.try_swap(namespace=namespace, name=name, version=version)
             state = await around.readstore.status(namespace=namespace, name=name)
@@ -380,11 +383,12 @@ async def _apply(
     *,
     state: ProjectionStatus,
     made: Mapping[str, VersionDefinition],
-) -> dict[str, Object]:
+) -> tuple[dict[str, Object], ReconcileError | None]:
     """Make the logins and the Kubernetes objects of `versions`; those that are finished need no projectors any more.
 
     Returns:
-        The Deployments by name. `found` gets what was put right.
+        The Deployments by name, and what can't be made because somebody else has one of its name and nothing else
+        needs it: that must not hold up the read model. `found` gets what was put right.
     """
     if around.key is None:
         raise ReconcileError(
@@ -446,14 +450,20 @@ async def _apply(
         if scaling is not None:
             wanted.append(children.query_autoscaler(projection, scaling))
         await _leave_query(projection, around, there)
+        refused = None
         for manifest in wanted:
-            await ensure(manifest)
+            try:
+                await ensure(manifest)
+            except ReconcileError as error:
+                if error.reason != _OBJECT_CONFLICT or manifest["kind"] not in _NEEDED_BY_NOTHING:
+                    raise
+                refused = refused or error
         former = there.get(("Secret", names.sql_name(name)))
         if not projection.spec.read_store.sql and former is not None and children.owned_by(former, projection):
             await around.cluster.delete("Secret", namespace, names.sql_name(name))
         # Only now: an account of this name that isn't the Projection's would have been refused.
         await around.delegation.give(Account(namespace, names.query_name(name)))
-    return {child_name: child for (kind, child_name), child in there.items() if kind == "Deployment"}
+    return {child_name: child for (kind, child_name), child in there.items() if kind == "Deployment"}, refused
 
 
 async def _leave_query(projection: Projection, around: Surroundings, there: Mapping[tuple[str, str], Object]) -> None:
@@ -523,7 +533,7 @@ async def _apply_one(
     if known is not None and not children.owned_by(known, projection):
         raise ReconcileError(
             "Ready",
-            "ObjectConflict",
+            _OBJECT_CONFLICT,
             f"the {kind} {name} exists and isn't this Projection's; delete or rename it",
         )
     applied = await around.cluster.apply(manifest)

@@ -29,6 +29,7 @@ from refold.eventstore.errors import (
     UnknownStreamError,
 )
 from refold.eventstore.heads import Heads
+from refold.eventstore.pace import Pace
 from refold.partitioning import partition_of
 
 from hack.servers import Postgres
@@ -396,14 +397,17 @@ async def test_a_subjects_appends_stay_in_the_order_of_the_calls_whatever_fails_
     log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A group that was sent behind another one must not be applied where that wasn't, and not before it."""
-    behind = []
+    behind = 0  # groups
 
     def marks(mark: bytes, **places: bytes) -> list[bytes]:
-        behind.append(places["behind"])
+        nonlocal behind
+        behind += bool(places["behind"])
         return real_marks(mark, **places)
 
     real_marks = group_call.marks
     monkeypatch.setattr(group_call, "marks", marks)
+    # As where the callers' work takes longer than a transaction, which is so only on a machine with nothing else to do.
+    monkeypatch.setattr(Pace, "share", lambda _, former, waiting: -(-(former + waiting) // 2))
     seed = Random().randrange(2**32)
     print(f"seed {seed}")
     chance = Random(seed)
@@ -421,7 +425,10 @@ async def test_a_subjects_appends_stay_in_the_order_of_the_calls_whatever_fails_
                 )
 
     breaking = asyncio.create_task(breaker())
-    for burst in range(400):
+    for burst in itertools.count(1):
+        if burst > 400 and behind > 20:
+            break
+        assert burst < 5_000, "hardly a group was sent behind another"
         for number in range(chance.randint(1, 40)):
             subject = f"s{chance.randrange(5)}"
             one = event(id=f"{burst}-{number}")
@@ -431,12 +438,12 @@ async def test_a_subjects_appends_stay_in_the_order_of_the_calls_whatever_fails_
                 sent[subject].append(one.id)
             outcomes.append(log.store.submit(log.stream, subject, [one]))
         await asyncio.sleep(chance.choice((0, 0.001, 0.002)))
+        await asyncio.wait([outcomes[max(0, len(outcomes) - 200)]])  # so many wait at most
     results = await asyncio.gather(*outcomes, return_exceptions=True)
     breaking.cancel()
     refused = [result for result in results if not isinstance(result, AppendResult)]
     assert refused
     assert all(isinstance(result, InvalidAppendError) for result in refused)
-    assert len([mark for mark in behind if mark]) > 20
     history = await log.history()
     check_history(history)
     for subject, ids in sent.items():

@@ -507,6 +507,12 @@ def test_an_object_of_someone_else_is_not_taken_over(api: ApiServer, namespace: 
     api.apply(foreign, event_stream(namespace), projection(namespace))
     becomes(api, "projection", namespace, "status", "False", "ObjectConflict")
     assert api.get("service", "status-query", "-n", namespace)["spec"]["ports"][0]["port"] == 1234
+    # It holds up neither what doesn't need it nor the read model.
+    first = live(api, namespace)
+    assert api.get("deployment", f"status-projector-{first}", "-n", namespace)["spec"]["replicas"] == 1
+    api.kubectl("annotate", "projection", "status", "refold.dev/rebuild=again", "-n", namespace)
+    until(lambda: live(api, namespace) != first)
+    becomes(api, "projection", namespace, "status", "False", "ObjectConflict")
     api.kubectl("delete", "service", "status-query", "-n", namespace)
     until(lambda: serves(api, namespace))
 
