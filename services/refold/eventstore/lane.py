@@ -9,8 +9,8 @@ Under load a second group is sent behind the one in flight, on its connection, s
 transaction to the next without waiting for this process. It is applied only if the one before it was (see
 group_call.py); else both are applied once more, in their order.
 
-What is usual runs in callbacks of the event loop, without a task: they take a third of the time. What isn't (event
-types to be read, no connection yet, an error) is settled in a task, and meanwhile nothing else is begun.
+What is usual is sent and answered in callbacks of the event loop. What isn't (event types to be read, no connection
+yet, an error) is settled in a task, in the order in which it was begun, and meanwhile nothing else is.
 
 An atomic append (to many subjects, all or none) is a group of its own, in its turn.
 """
