@@ -428,8 +428,6 @@ class Lane:
                     self._connection = conn
                     result = await conn.call(*self._call(group, mark=b"", careful=careful))
                 metrics.COMMIT.observe(time.perf_counter() - begin)
-                self._answer(group, _columns(result))
-                return
             except (psycopg.Error, OSError) as error:
                 state = getattr(error, "sqlstate", None) or ""
                 if state == _NOT_SERVED or isinstance(
@@ -470,6 +468,9 @@ class Lane:
                     pause = min(most, least * 2**attempt) * random.uniform(0.5, 1)  # noqa: S311 (spreads load)
                     await asyncio.sleep(pause)
                 attempt += 1
+            else:
+                self._answer(group, _columns(result))
+                return
 
     async def _vet(self, group: _Group, *, stale: bool) -> _Group:
         """Refuse what the stream's event types refuse; return the rest, checked with the latest that are known.
